@@ -1,0 +1,9 @@
+#define PCM_ISA generic
+#include "cpu/simd_generic.h"
+// The kernels come after the lanes they are written on.
+#include "cpu/exp_log.h"
+#include "cpu/mix_sample_blocks.h"
+
+namespace pcm::generic {
+const Isa kIsa{"generic", mix_sample_kernels()};
+}

@@ -1,0 +1,96 @@
+// One lane of float32 in plain C++: what every machine has, and the yardstick for the vector versions.
+// The three simd_*.h headers offer the same names; kernels are written once on top of them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace pcm::PCM_ISA {
+
+constexpr int kLanes = 1;
+
+struct Vec {
+  float v;
+};
+struct Mask {
+  bool v;
+};
+
+static inline Vec load(const float* p) { return {*p}; }
+static inline void store(float* p, Vec a) { *p = a.v; }
+static inline Vec set1(float x) { return {x}; }
+static inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+static inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+static inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+static inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+static inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+static inline Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
+static inline Mask operator==(Vec a, Vec b) { return {a.v == b.v}; }
+static inline Mask not_at_least(Vec a, Vec b) { return {!(a.v >= b.v)}; }  // true for NaN too
+static inline Mask is_nan(Vec a) { return {a.v != a.v}; }
+static inline Mask operator|(Mask a, Mask b) { return {a.v || b.v}; }
+static inline Mask and_not(Mask a, Mask b) { return {a.v && !b.v}; }
+// Writes the numbers first + lane of the lanes set, ascending; returns how many. May write up to kLanes entries.
+static inline int append_lanes(Mask m, int first, int* out) {
+  *out = first;
+  return m.v;
+}
+static inline bool any(Mask m) { return m.v; }
+static inline Vec select(Mask m, Vec a, Vec b) { return m.v ? a : b; }
+static inline float max_lane(Vec a) { return a.v; }
+
+static inline int32_t bits(float x) {
+  int32_t b;
+  std::memcpy(&b, &x, 4);
+  return b;
+}
+static inline float from_bits(int32_t b) {
+  float x;
+  std::memcpy(&x, &b, 4);
+  return x;
+}
+
+// p * 2^n, with n in the low bits of `shifted` (a whole number plus 1.5 * 2^23).
+static inline Vec add_exponent(Vec p, Vec shifted) {
+  return {from_bits(static_cast<int32_t>(static_cast<uint32_t>(bits(p.v)) + (static_cast<uint32_t>(bits(shifted.v)) << 23)))};
+}
+
+// Splits x = m * 2^e with m in [sqrt(1/2), sqrt(2)).
+static inline void split_exponent(Vec x, Vec* m, Vec* e) {
+  const int32_t b = bits(x.v), k = (b - 0x3F3504F3) >> 23;
+  *m = {from_bits(b - k * (1 << 23))};
+  *e = {static_cast<float>(k)};
+}
+
+// Sum of values in [0, 1], each rounded to a multiple of 2^-40 (ties to even): adding 1.5 * 2^12 as a double leaves exactly
+// those bits at the end of the mantissa.
+struct MassSum {
+  uint64_t sum = 0;
+  // Returns the rounded value.
+  Vec add(Vec a) {
+    const double shifted = static_cast<double>(a.v) + 6144.0;
+    uint64_t b;
+    std::memcpy(&b, &shifted, 8);
+    sum += b & ((uint64_t{1} << 51) - 1);
+    return {static_cast<float>(shifted - 6144.0)};
+  }
+  uint64_t total() const { return sum; }
+};
+
+static inline void convert_f16(const uint16_t* in, float* out, int n) {
+  for (int i = 0; i < n; ++i) {
+    const uint32_t h = in[i], sign = (h & 0x8000u) << 16, magnitude = h & 0x7FFFu;
+    uint32_t b;
+    if (magnitude >= 0x7C00u) {
+      b = 0x7F800000u | (magnitude & 0x3FFu) << 13;
+    } else if (magnitude >= 0x400u) {
+      b = (magnitude << 13) + 0x38000000u;
+    } else {
+      b = static_cast<uint32_t>(bits(static_cast<float>(magnitude) * 5.9604644775390625e-8f));  // 2^-24
+    }
+    out[i] = from_bits(static_cast<int32_t>(b | sign));
+  }
+}
+
+}  // namespace pcm::PCM_ISA

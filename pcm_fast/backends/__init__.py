@@ -1,0 +1,1 @@
+"""Fast decoders, one module each."""
