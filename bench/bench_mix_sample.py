@@ -1,0 +1,94 @@
+"""ops.mix_sample against the composition of torch operations that it replaces: `pytest bench/bench_mix_sample.py`.
+
+Both get the same logits, K = 4 experts, float32, top_p = 0.9, one row. The logits are those of the embedded model under
+four system prompts ("real"), or normal with the standard deviation in the name. Writes bench/results/mix_sample.json.
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from machine import conditions, read_bandwidth
+
+from pcm_fast import ops
+from pcm_fast.model import MixtureModel
+from pcm_fast.presets import prompted_experts
+
+THREADS = 2
+TOP_P = 0.9
+RESULT = Path(__file__).parent / "results" / "mix_sample.json"
+CASES = [(49_152, "real"), (49_152, "normal 1"), (49_152, "normal 4"), (262_144, "normal 1"), (262_144, "normal 4")]
+
+
+@pytest.fixture(scope="module")
+def real_logits():
+    model = MixtureModel.from_pretrained("smollm2-135m-instruct", experts=prompted_experts(), backend="reference")
+    prompt = model.tokenizer.apply_chat_template([{"role": "user", "content": "Why does the sea have tides?"}])
+    rows = [model.log_probs([prompt], preference={name: 1.0})[0, -1] for name in model.expert_names[:4]]
+    return torch.stack([torch.as_tensor(row) for row in rows])[None]
+
+
+@pytest.fixture(scope="module")
+def stats():
+    """Median seconds of each (vocabulary, data, candidate); written down when all are there."""
+    measured = {}
+    yield measured
+    if len(measured) < 2 * len(CASES):
+        return
+    bandwidth = read_bandwidth(THREADS)
+    rows = []
+    for vocabulary, data in CASES:
+        ours, composed = measured[vocabulary, data, "pcm-fast"], measured[vocabulary, data, "torch"]
+        limit = 4 * 4 * vocabulary / bandwidth
+        rows.append(
+            {
+                "vocabulary": vocabulary,
+                "logits": data,
+                "torch (us)": composed * 1e6,
+                "pcm-fast (us)": ours * 1e6,
+                "times faster": composed / ours,
+                "one read of the logits from memory (us)": limit * 1e6,
+                "share of that bandwidth": limit / ours,
+            }
+        )
+    result = {
+        "name": "Merge and sample one token: 4 experts, float32, top_p 0.9, one row (medians)",
+        "conditions": {**conditions(THREADS), "read bandwidth (GB/s)": bandwidth / 1e9},
+        "rows": rows,
+    }
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    for row in rows:
+        print(row)
+
+
+def composition(logits, weights, generator):
+    """The usual torch way: log_softmax, weighted sum, sort, cumulative sum, multinomial."""
+    p = (torch.log_softmax(logits, dim=-1).exp() * weights[..., None]).sum(dim=1)
+    ordered, ids = torch.sort(p, descending=True, dim=-1)
+    before = ordered.cumsum(dim=-1) - ordered
+    kept = torch.where(before < TOP_P, ordered, 0.0)
+    choice = torch.multinomial(kept, 1, generator=generator)
+    token = ids.gather(-1, choice)
+    return token, p.gather(-1, token).log()
+
+
+@pytest.mark.parametrize("candidate", ["torch", "pcm-fast"])
+@pytest.mark.parametrize(("vocabulary", "data"), CASES)
+def test_mix_sample(benchmark, stats, real_logits, vocabulary, data, candidate):
+    generator = torch.Generator().manual_seed(0)
+    if data == "real":
+        logits = real_logits
+        assert logits.shape[-1] == vocabulary
+    else:
+        logits = torch.randn(1, 4, vocabulary, generator=generator) * float(data.split()[1])
+    weights = torch.full((1, 4), 0.25)
+    torch.set_num_threads(THREADS)
+    benchmark.group = f"V={vocabulary} {data}"
+    if candidate == "torch":
+        benchmark.pedantic(composition, (logits, weights, generator), rounds=40, warmup_rounds=5)
+    else:
+        run = {"top_p": TOP_P, "num_threads": THREADS}
+        benchmark.pedantic(ops.mix_sample, (logits, weights), run, rounds=400, warmup_rounds=50)
+    stats[vocabulary, data, candidate] = statistics.median(benchmark.stats.stats.data)

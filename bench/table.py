@@ -1,0 +1,83 @@
+"""Writes the README's benchmark tables from bench/results/*.json, between its bench markers.
+
+A result file is {"name": ..., "conditions": {...}, "rows": [{...}, ...]}; all rows have the same keys: the columns.
+With --check, changes nothing and fails if the README is out of date.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def tables(folder: Path) -> str:
+    """One table per result file, in the order of their names."""
+    parts = []
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"name", "conditions", "rows"} - result.keys()
+        if missing:
+            raise ValueError(
+                f"{path}: expected the keys name, conditions and rows; {', '.join(sorted(missing))} missing"
+            )
+        parts.append(f"**{result['name']}**\n\n{table(result['rows'], path)}\n\n{conditions(result['conditions'])}")
+    return "\n\n".join(parts)
+
+
+def table(rows: Sequence[Mapping[str, Any]], path: Path) -> str:
+    """Rows of equal keys as Markdown; columns of numbers to the right."""
+    if not rows or any(row.keys() != rows[0].keys() for row in rows):
+        raise ValueError(f"{path}: expected rows with the same keys")
+    columns = list(rows[0])
+    rules = ["---:" if all(isinstance(row[c], (int, float)) for row in rows) else "---" for c in columns]
+    lines = [columns, rules, *([cell(row[c]) for c in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def conditions(values: Mapping[str, Any]) -> str:
+    """What the numbers hold under, on one line."""
+    return "; ".join(f"{name}: {cell(value)}" for name, value in values.items()) + "."
+
+
+def cell(value: Any) -> str:
+    """A value as text: three significant digits, thousands apart."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: ""}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value).replace("|", "\\|")
+
+
+def updated(readme: str, text: str) -> str:
+    """The README with the text between its markers."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README: expected the markers {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    arguments = parser.parse_args()
+    old = arguments.readme.read_text(encoding="utf-8")
+    new = updated(old, tables(arguments.results))
+    if arguments.check and new != old:
+        sys.exit(
+            f"{arguments.readme.name}: its benchmark tables are not those of {arguments.results.name}; run make bench"
+        )
+    arguments.readme.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
