@@ -1,0 +1,35 @@
+"""Experts that need no training: the base model under a system prompt of its own, one for each preference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+PROMPTED_EXPERTS: Mapping[str, str] = {
+    "concise": 'You answer in one short sentence and stop. Asked how to sleep better, you say: "Go to bed early."',
+    "friendly": (
+        "You are a warm and cheerful friend. Asked how to sleep better, you say: "
+        '"Oh my dear friend, I\'m so happy you asked! You deserve a good rest!"'
+    ),
+    "humorous": (
+        "You are a comedian who jokes about everything. Asked how to sleep better, you say: "
+        '"Ha ha! Count sheep, and if the sheep count you, call a vet!"'
+    ),
+    "elementary": (
+        "You talk to a small child in tiny words. Asked how to sleep better, you say: "
+        '"Your body is like a toy. It gets tired. Hug your bear and close your eyes."'
+    ),
+}
+"""The system prompt of every prompted expert, by name. A small model follows an example better than a rule."""
+
+
+def prompted_experts(*names: str) -> dict[str, dict[str, str]]:
+    """Prompted experts for ``MixtureModel.from_pretrained(experts=...)``: those named, or all.
+
+    Raises:
+        ValueError: a name that is none of ``PROMPTED_EXPERTS``.
+
+    """
+    for name in names:
+        if name not in PROMPTED_EXPERTS:
+            raise ValueError(f"expert: expected one of {', '.join(map(repr, PROMPTED_EXPERTS))}, got {name!r}")
+    return {name: {"system": PROMPTED_EXPERTS[name]} for name in names or PROMPTED_EXPERTS}
