@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 namespace pcm {
+void bind_decoder(pybind11::module_& m);
 void bind_kv_cache(pybind11::module_& m);
 void bind_mix_sample(pybind11::module_& m);
-}
+}  // namespace pcm

@@ -1,4 +1,5 @@
-// pcm_fast._native.MixSampler. Arguments arrive checked by pcm_fast/ops.py: addresses, shapes and strides are trusted here.
+// pcm_fast._native.MixSampler. Arguments arrive checked by pcm_fast/ops.py: addresses, shapes and strides are trusted
+// here.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -48,7 +49,8 @@ struct Draws {
 
   SampleParams params(int64_t b) const {
     const uint64_t row = sequence ? at(*sequence, b) : static_cast<uint64_t>(b);
-    return {at(greedy, b), at(temperature, b), at(top_k, b), at(top_p, b), at(min_p, b), at(seed, b), row, at(position, b)};
+    return {at(greedy, b), at(temperature, b), at(top_k, b), at(top_p, b),
+            at(min_p, b),  at(seed, b),        row,          at(position, b)};
   }
 };
 
@@ -111,15 +113,16 @@ void bind_mix_sample(py::module_& m) {
   });
   m.attr("MAX_EXPERTS") = kMaxExperts;
   m.attr("MAX_VOCABULARY") = kMaxVocabulary;
-  py::class_<View>(m, "View")
-      .def(py::init<uintptr_t, int, std::vector<int64_t>, std::vector<int64_t>>(), py::arg("address"), py::arg("dtype"),
-           py::arg("shape"), py::arg("strides"));
+  py::class_<View>(m, "View").def(py::init<uintptr_t, int, std::vector<int64_t>, std::vector<int64_t>>(),
+                                  py::arg("address"), py::arg("dtype"), py::arg("shape"), py::arg("strides"));
   py::class_<Draws>(m, "Draws")
       .def(py::init<Array<bool>, Array<float>, Array<int64_t>, Array<double>, Array<double>, Array<uint64_t>,
                     std::optional<Array<uint64_t>>, Array<uint64_t>, Array<int64_t>, Array<float>>());
   py::class_<MixSampler>(m, "MixSampler")
-      .def(py::init([](const std::string& isa, int threads) { return new MixSampler(select_isa(isa), threads); }),
-           py::arg("isa"), py::arg("threads"))
+      .def(py::init([](const std::string& isa, std::shared_ptr<ThreadPool> pool) {
+             return new MixSampler(select_isa(isa), std::move(pool));
+           }),
+           py::arg("isa"), py::arg("pool"))
       .def_property_readonly("isa", [](const MixSampler& sampler) { return sampler.isa().name; })
       .def_property_readonly("threads", &MixSampler::threads)
       .def("mix_sample", &mix_sample)

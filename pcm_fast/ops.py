@@ -115,9 +115,7 @@ def mix_sample(
             logits.view(), weights, _MERGES[rule.kind], rule.exponent, draws.native(), None, expert_logprobs
         )
         _raise_for("expert_logits", statuses)
-    results: list[Any] = [draws.tokens, draws.logprobs] + (
-        [expert_logprobs] if expert_logprobs is not None else []
-    )
+    results: list[Any] = [draws.tokens, draws.logprobs] + ([expert_logprobs] if expert_logprobs is not None else [])
     return tuple(logits.like(result) for result in results)
 
 
@@ -326,5 +324,10 @@ def _sampler(num_threads: int | None) -> _native.MixSampler:
 
 @functools.lru_cache(maxsize=32)
 def _sampler_of(isa: str, num_threads: int, pid: int) -> _native.MixSampler:
-    """The kernels with their threads; per process, since threads do not survive a fork."""
-    return _native.MixSampler(isa, num_threads)
+    return _native.MixSampler(isa, _pool_of(num_threads, pid))
+
+
+@functools.lru_cache(maxsize=8)
+def _pool_of(num_threads: int, pid: int) -> _native.ThreadPool:
+    """The threads, shared by all kernels; per process, since threads do not survive a fork."""
+    return _native.ThreadPool(num_threads)

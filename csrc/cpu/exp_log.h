@@ -1,5 +1,6 @@
 // exp and log as fixed sequences of float32 operations: the same bits as pcm_fast/sampling.py on every instruction set.
-// log's coefficients are those of Cephes' logf, exp's a minimax fit (3e-9). Nothing may be fused here (the build says -ffp-contract=off).
+// log's coefficients are those of Cephes' logf, exp's a minimax fit (3e-9). Nothing may be fused here (the build says
+// -ffp-contract=off).
 #pragma once
 
 namespace pcm::PCM_ISA {

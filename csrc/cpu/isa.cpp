@@ -27,7 +27,8 @@ const Isa& select_isa(const std::string& name) {
     if (name == isa->name) return *isa;
     known += std::string(", ") + isa->name;
   }
-  throw std::invalid_argument("PCM_FAST_ISA: expected one of " + known + " (what this machine can run), got '" + name + "'");
+  throw std::invalid_argument("PCM_FAST_ISA: expected one of " + known + " (what this machine can run), got '" + name +
+                              "'");
 }
 
 }  // namespace pcm

@@ -1,9 +1,10 @@
 #define PCM_ISA generic
 #include "cpu/simd_generic.h"
 // The kernels come after the lanes they are written on.
+#include "cpu/decoder_blocks.h"
 #include "cpu/exp_log.h"
 #include "cpu/mix_sample_blocks.h"
 
 namespace pcm::generic {
-const Isa kIsa{"generic", mix_sample_kernels()};
+const Isa kIsa{"generic", mix_sample_kernels(), decoder_kernels()};
 }

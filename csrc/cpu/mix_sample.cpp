@@ -18,9 +18,10 @@ inline float from_bf16(uint16_t x) {
   return f;
 }
 
-// kBlock float32 entries from the given block of a row: the row's own memory where it can be read as it lies, otherwise a copy
-// in `scratch`, padded with -inf.
-const float* load_block(const MixSampleKernels& kernels, const RowView& row, int64_t vocabulary, int64_t block, float* scratch) {
+// kBlock float32 entries from the given block of a row: the row's own memory where it can be read as it lies, otherwise
+// a copy in `scratch`, padded with -inf.
+const float* load_block(const MixSampleKernels& kernels, const RowView& row, int64_t vocabulary, int64_t block,
+                        float* scratch) {
   const int64_t start = block * kBlock;
   const int n = static_cast<int>(std::min<int64_t>(kBlock, vocabulary - start));
   if (row.dtype == DType::kFloat32) {
@@ -44,8 +45,8 @@ const float* load_block(const MixSampleKernels& kernels, const RowView& row, int
   return scratch;
 }
 
-// The work on one row, pass by pass. Floats are only reduced by maximum, sums are of whole numbers: the split into chunks leaves
-// no trace in the result.
+// The work on one row, pass by pass. Floats are only reduced by maximum, sums are of whole numbers: the split into
+// chunks leaves no trace in the result.
 class RowPasses {
  public:
   RowPasses(const MixSampleKernels& kernels, ThreadPool* pool, MixSampleWorkspace& ws, MixSampleRow& row)
@@ -85,7 +86,8 @@ class RowPasses {
       part.bad = false;
       for (int i = 0; i < experts_; ++i) {
         float top = kMinusInf;
-        for (int64_t b = begin; b < end; ++b) top = std::max(top, kernels_.max_block(block_of(i, b, worker), &part.bad));
+        for (int64_t b = begin; b < end; ++b)
+          top = std::max(top, kernels_.max_block(block_of(i, b, worker), &part.bad));
         part.top[i] = top;
       }
     });
@@ -107,7 +109,8 @@ class RowPasses {
     range_.for_chunks([this](int64_t begin, int64_t end, int chunk, int worker) {
       for (int i = 0; i < experts_; ++i) {
         uint64_t mass = 0;
-        for (int64_t b = begin; b < end; ++b) mass += kernels_.exp_block(block_of(i, b, worker), terms_[i].top, exps_of(i, b));
+        for (int64_t b = begin; b < end; ++b)
+          mass += kernels_.exp_block(block_of(i, b, worker), terms_[i].top, exps_of(i, b));
         ws_.partials[chunk].mass[i] = mass;
       }
     });
@@ -264,15 +267,15 @@ void MixSampler::run(MixSampleRow* rows, int64_t count) {
     experts = std::max(experts, rows[i].experts);
   }
   constexpr int64_t kWorthSplitting = 16384;
-  if (count >= pool_.size()) {
+  if (count >= pool_->size()) {
     for (auto& ws : workspaces_) ws.reserve(vocabulary, experts, 1);
-    pool_.parallel_for(static_cast<int>(count), [&](int i, int worker) {
+    pool_->parallel_for(static_cast<int>(count), [&](int i, int worker) {
       mix_sample_row(isa_.mix_sample, nullptr, workspaces_[worker], rows[i]);
     });
     return;
   }
-  ThreadPool* pool = vocabulary * std::max(1, experts) >= kWorthSplitting ? &pool_ : nullptr;
-  workspaces_[0].reserve(vocabulary, experts, pool_.size());
+  ThreadPool* pool = vocabulary * std::max(1, experts) >= kWorthSplitting ? pool_.get() : nullptr;
+  workspaces_[0].reserve(vocabulary, experts, pool_->size());
   for (int64_t i = 0; i < count; ++i) mix_sample_row(isa_.mix_sample, pool, workspaces_[0], rows[i]);
 }
 

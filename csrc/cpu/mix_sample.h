@@ -1,8 +1,11 @@
-// Merge the next-token distributions of K experts and draw a token, without sorting the vocabulary. The semantics, down to the
-// last integer, are those of pcm_fast/sampling.py.
+// Merge the next-token distributions of K experts and draw a token, without sorting the vocabulary. The semantics, down
+// to the last integer, are those of pcm_fast/sampling.py.
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <mutex>
+#include <utility>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -52,7 +55,8 @@ struct MixSampleRow {
   Status status = Status::kOk;
 };
 
-// Tempered probabilities (multiples of 2^-40, the greatest 1) in buckets by exponent and five leading bits of the mantissa.
+// Tempered probabilities (multiples of 2^-40, the greatest 1) in buckets by exponent and five leading bits of the
+// mantissa.
 struct MassHistogram {
   static constexpr int kBuckets = 41 * 32;
   uint64_t mass[kBuckets];  // in units of 2^-40
@@ -75,7 +79,9 @@ struct BlockRange {
   template <class F>
   void for_chunks(F&& f) const {
     const int count = chunks();
-    const auto one = [&](int chunk, int worker) { f(blocks * chunk / count, blocks * (chunk + 1) / count, chunk, worker); };
+    const auto one = [&](int chunk, int worker) {
+      f(blocks * chunk / count, blocks * (chunk + 1) / count, chunk, worker);
+    };
     if (pool == nullptr) {
       one(0, 0);
     } else {
@@ -106,19 +112,20 @@ struct MixSampleWorkspace {
 
 class MixSampler {
  public:
-  MixSampler(const Isa& isa, int threads) : isa_(isa), pool_(threads), workspaces_(pool_.size()) {}
+  MixSampler(const Isa& isa, std::shared_ptr<ThreadPool> pool)
+      : isa_(isa), pool_(std::move(pool)), workspaces_(pool_->size()) {}
 
-  // Fills the outputs of every row. Many rows are shared out among the threads; few are split over the vocabulary. What a row
-  // gives does not depend on which.
+  // Fills the outputs of every row. Many rows are shared out among the threads; few are split over the vocabulary. What
+  // a row gives does not depend on which.
   void run(MixSampleRow* rows, int64_t count);
 
   const Isa& isa() const { return isa_; }
-  int threads() const { return pool_.size(); }
+  int threads() const { return pool_->size(); }
 
  private:
   const Isa& isa_;
   std::mutex turn_;  // the workspaces belong to one call at a time
-  ThreadPool pool_;
+  std::shared_ptr<ThreadPool> pool_;
   std::vector<MixSampleWorkspace> workspaces_;
 };
 

@@ -86,16 +86,22 @@ static Vec merge_power(const float* const* x, const ExpertTerm* terms, int exper
   return select(excluded, minus_inf, log_sum_exp(weighted, experts) / set1(exponent));
 }
 
-static float merge_block(const float* const* x, const float* const* exps, const ExpertTerm* terms, int experts, Merge merge,
-                         float exponent, float* out, bool* bad) {
+static float merge_block(const float* const* x, const float* const* exps, const ExpertTerm* terms, int experts,
+                         Merge merge, float exponent, float* out, bool* bad) {
   Vec top = set1(-__builtin_inff());
   Mask nan = is_nan(top);
   for (int v = 0; v < kBlock; v += kLanes) {
     Vec log_p;
     switch (merge) {
-      case Merge::kLinear: log_p = merge_linear(x, exps, terms, experts, v); break;
-      case Merge::kLogLinear: log_p = merge_log_linear(x, terms, experts, v); break;
-      default: log_p = merge_power(x, terms, experts, exponent, v); break;
+      case Merge::kLinear:
+        log_p = merge_linear(x, exps, terms, experts, v);
+        break;
+      case Merge::kLogLinear:
+        log_p = merge_log_linear(x, terms, experts, v);
+        break;
+      default:
+        log_p = merge_power(x, terms, experts, exponent, v);
+        break;
     }
     nan = nan | is_nan(log_p);
     top = max(top, log_p);

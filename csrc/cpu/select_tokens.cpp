@@ -30,7 +30,9 @@ inline float from_bits(uint32_t b) {
 constexpr int kBucketShift = 18;
 const uint32_t kFirstBucket = (127 - 40) << 5;
 inline int bucket_of(float e) { return static_cast<int>((bits_of(e) >> kBucketShift) - kFirstBucket); }
-inline float bucket_floor(int bucket) { return from_bits((static_cast<uint32_t>(bucket) + kFirstBucket) << kBucketShift); }
+inline float bucket_floor(int bucket) {
+  return from_bits((static_cast<uint32_t>(bucket) + kFirstBucket) << kBucketShift);
+}
 
 // The least number that is at least fraction * mass, for a fraction in [0, 1], exactly.
 uint64_t ceil_product(double fraction, uint64_t mass) {
@@ -102,8 +104,8 @@ class Selector {
     return sum;
   }
 
-  // The shortest prefix of the order whose count or mass reaches the target; everything if none does. A radix select: the
-  // bucket from the histogram, then nine bits at a time within it, then the place among equals.
+  // The shortest prefix of the order whose count or mass reaches the target; everything if none does. A radix select:
+  // the bucket from the histogram, then nine bits at a time within it, then the place among equals.
   Cut cut_at(By by, uint64_t target) {
     const MassHistogram& h = ws_.histograms[0];
     const uint64_t* weights = by == By::kCount ? h.count : h.mass;
@@ -122,7 +124,8 @@ class Selector {
       uint32_t digit = 511;
       while (digit > 0 && (sums[digit] == 0 || before + sums[digit] < target)) before += sums[digit--];
       const auto matches = [&](int64_t id) { return ((bits_of(value(id)) >> shift) & 511) == digit; };
-      count = std::stable_partition(ws_.candidates.begin(), ws_.candidates.begin() + count, matches) - ws_.candidates.begin();
+      count = std::stable_partition(ws_.candidates.begin(), ws_.candidates.begin() + count, matches) -
+              ws_.candidates.begin();
     }
     const float cut = value(ws_.candidates[0]);
     const uint64_t each = weight_of(cut), missing = target > before ? target - before : 0;
@@ -156,7 +159,8 @@ class Selector {
     if (b < last_block) return kernels_.keep_block(tempered(b), cut.value);
     if (b > last_block) return kernels_.keep_block(tempered(b), std::nextafter(cut.value, 2.0f));
     uint64_t mass = 0;
-    for (int64_t id = b * kBlock; id < (b + 1) * kBlock; ++id) mass += cut.keeps(value(id), id) ? mass_of(value(id)) : 0;
+    for (int64_t id = b * kBlock; id < (b + 1) * kBlock; ++id)
+      mass += cut.keeps(value(id), id) ? mass_of(value(id)) : 0;
     return mass;
   }
 
@@ -198,7 +202,8 @@ int64_t draw_token(const MixSampleKernels& kernels, const BlockRange& range, Mix
   Cut cut = cut_at_probability(params.min_p);
   const bool by_count = params.top_k > 0;
   if (by_count || params.top_p < 1) {
-    // Most of the mass is most often in a few tokens: look at those of at least 2^-10 first, at all if that is not enough.
+    // Most of the mass is most often in a few tokens: look at those of at least 2^-10 first, at all if that is not
+    // enough.
     const uint64_t wanted = by_count ? static_cast<uint64_t>(params.top_k) : ceil_product(params.top_p, kept);
     for (const float floor : {std::max(cut.value, 0x1p-10f), cut.value}) {
       by_count ? selector.fill_histogram<true>(floor) : selector.fill_histogram<false>(floor);

@@ -71,7 +71,8 @@ struct MassSum {
   uint64_t total() const {
     alignas(32) uint64_t lanes[4];
     _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), _mm256_add_epi64(low, high));
-    return lanes[0] + lanes[1] + lanes[2] + lanes[3] - added * 0x40B8000000000000u;  // the bits of 6144.0, once per lane
+    return lanes[0] + lanes[1] + lanes[2] + lanes[3] -
+           added * 0x40B8000000000000u;  // the bits of 6144.0, once per lane
   }
 };
 
@@ -79,6 +80,30 @@ static inline void convert_f16(const uint16_t* in, float* out, int n) {
   for (int i = 0; i < n; i += kLanes) {
     _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
   }
+}
+
+static inline Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+
+static inline float sum_lanes(Vec a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+static inline Vec load_f16(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+static inline Vec load_bf16(const uint16_t* p) {
+  const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16))};
+}
+static inline Vec load_int8(const uint8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+static inline void load_nibbles(const uint8_t* p, Vec* low, Vec* high) {
+  const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  *low = {_mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15)))};
+  *high = {_mm256_cvtepi32_ps(_mm256_srli_epi32(x, 4))};
 }
 
 }  // namespace pcm::PCM_ISA

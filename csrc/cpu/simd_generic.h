@@ -53,7 +53,8 @@ static inline float from_bits(int32_t b) {
 
 // p * 2^n, with n in the low bits of `shifted` (a whole number plus 1.5 * 2^23).
 static inline Vec add_exponent(Vec p, Vec shifted) {
-  return {from_bits(static_cast<int32_t>(static_cast<uint32_t>(bits(p.v)) + (static_cast<uint32_t>(bits(shifted.v)) << 23)))};
+  return {from_bits(
+      static_cast<int32_t>(static_cast<uint32_t>(bits(p.v)) + (static_cast<uint32_t>(bits(shifted.v)) << 23)))};
 }
 
 // Splits x = m * 2^e with m in [sqrt(1/2), sqrt(2)).
@@ -63,8 +64,8 @@ static inline void split_exponent(Vec x, Vec* m, Vec* e) {
   *e = {static_cast<float>(k)};
 }
 
-// Sum of values in [0, 1], each rounded to a multiple of 2^-40 (ties to even): adding 1.5 * 2^12 as a double leaves exactly
-// those bits at the end of the mantissa.
+// Sum of values in [0, 1], each rounded to a multiple of 2^-40 (ties to even): adding 1.5 * 2^12 as a double leaves
+// exactly those bits at the end of the mantissa.
 struct MassSum {
   uint64_t sum = 0;
   // Returns the rounded value.
@@ -91,6 +92,23 @@ static inline void convert_f16(const uint16_t* in, float* out, int n) {
     }
     out[i] = from_bits(static_cast<int32_t>(b | sign));
   }
+}
+
+// a * b + c, rounded once or twice: only for what is compared within a tolerance.
+static inline Vec multiply_add(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+static inline float sum_lanes(Vec a) { return a.v; }
+
+static inline Vec load_f16(const uint16_t* p) {
+  Vec x;
+  convert_f16(p, &x.v, 1);
+  return x;
+}
+static inline Vec load_bf16(const uint16_t* p) { return {from_bits(static_cast<int32_t>(uint32_t{*p} << 16))}; }
+static inline Vec load_int8(const uint8_t* p) { return {static_cast<float>(static_cast<int8_t>(*p))}; }
+// The low and the high nibbles of kLanes bytes.
+static inline void load_nibbles(const uint8_t* p, Vec* low, Vec* high) {
+  *low = {static_cast<float>(*p & 15)};
+  *high = {static_cast<float>(*p >> 4)};
 }
 
 }  // namespace pcm::PCM_ISA

@@ -7,7 +7,8 @@
 namespace pcm {
 namespace {
 
-constexpr int kSpinsBeforeSleep = 10000;  // tens of microseconds: longer than the gap between two loops of a decode step
+constexpr int kSpinsBeforeSleep =
+    10000;  // tens of microseconds: longer than the gap between two loops of a decode step
 constexpr int kSpinsBeforeYield = 1000;
 
 void pause() {
@@ -68,7 +69,8 @@ void ThreadPool::take_chunks(uint32_t loop, int worker) {
       if (static_cast<uint32_t>(ticket >> 32) != loop) return;
       const int chunk = static_cast<int>(ticket & 0xFFFFFFFFu);
       if (chunk >= stretch_begin(owner + 1, chunks)) break;
-      if (!next.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+      if (!next.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire))
+        continue;
       job(body, chunk, worker);
       done_.fetch_add(1, std::memory_order_release);
       ticket = next.load(std::memory_order_acquire);
@@ -77,7 +79,9 @@ void ThreadPool::take_chunks(uint32_t loop, int worker) {
 }
 
 void ThreadPool::work(int worker) {
-  { std::lock_guard<std::mutex> turn(turn_); }
+  {
+    std::lock_guard<std::mutex> turn(turn_);
+  }
   uint32_t seen = 0;
   for (;;) {
     for (int spins = 0; spins < kSpinsBeforeSleep && loop_.load(std::memory_order_acquire) == seen; ++spins) pause();

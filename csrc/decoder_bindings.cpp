@@ -1,0 +1,137 @@
+// pcm_fast._native.Decoder. Arguments arrive checked by pcm_fast/backends/native.py.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "bindings.h"
+#include "cpu/decoder.h"
+
+namespace py = pybind11;
+
+namespace pcm {
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+std::vector<float> floats(const Array<float>& values) { return {values.data(), values.data() + values.size()}; }
+
+PackedLinear pack(int format, int out, int in, const Array<uint8_t>& rows) {
+  const auto kind = static_cast<Format>(format);
+  if (rows.ndim() != 2 || rows.shape(0) != out || rows.shape(1) != PackedLinear::row_bytes(kind, in)) {
+    throw std::invalid_argument("weights: the bytes do not have the shape");
+  }
+  py::gil_scoped_release release;
+  return PackedLinear(kind, out, in, rows.data());
+}
+
+DecoderLayer& layer_of(Decoder& decoder, int layer) {
+  if (layer < 0 || layer >= decoder.shape().layers) throw std::out_of_range("layer");
+  return decoder.layer(layer);
+}
+
+void set_norm(Decoder& decoder, int layer, const std::string& name, const Array<float>& values) {
+  if (name == "final") {
+    decoder.final_norm = floats(values);
+  } else if (name == "input") {
+    layer_of(decoder, layer).input_norm = floats(values);
+  } else if (name == "post") {
+    layer_of(decoder, layer).post_norm = floats(values);
+  } else if (name == "q") {
+    layer_of(decoder, layer).q_norm = floats(values);
+  } else if (name == "k") {
+    layer_of(decoder, layer).k_norm = floats(values);
+  } else {
+    throw std::invalid_argument("norm: " + name);
+  }
+}
+
+// Returns the number of the adapter. sites: (layer, site, A [rank, in], scaled B transposed [rank, out]).
+int add_adapter(Decoder& decoder, const std::vector<std::tuple<int, int, Array<float>, Array<float>>>& sites) {
+  auto adapter = std::make_unique<LoraAdapter>();
+  adapter->sites.resize(static_cast<size_t>(decoder.shape().layers) * kSites);
+  for (const auto& [layer, site, a, b] : sites) {
+    LoraSite& lora = adapter->sites.at(static_cast<size_t>(layer) * kSites + site);
+    const PackedLinear& base = layer_of(decoder, layer).weights[site];
+    if (a.shape(1) != base.in() || b.shape(1) != base.out() || a.shape(0) != b.shape(0)) {
+      throw std::invalid_argument("adapter: factors do not fit the base");
+    }
+    lora.rank = static_cast<int>(a.shape(0));
+    lora.a = floats(a);
+    const size_t padded = static_cast<size_t>(base.panels()) * kPanel;
+    lora.b.assign(padded * lora.rank, 0.0f);
+    for (int j = 0; j < lora.rank; ++j) std::copy_n(b.data() + j * base.out(), base.out(), lora.b.begin() + j * padded);
+  }
+  decoder.adapters.push_back(std::move(adapter));
+  return static_cast<int>(decoder.adapters.size()) - 1;
+}
+
+// Runs tokens through the model; returns normalised hidden states [m, hidden] of the entries `wanted`.
+Array<float> forward(Decoder& decoder, KvStorage& kv, const Array<int32_t>& tokens, const Array<int32_t>& rows,
+                     const Array<int32_t>& positions, const Array<int32_t>& adapters,
+                     const Array<int32_t>& block_tables, const Array<int32_t>& wanted) {
+  const auto count = static_cast<int>(tokens.size()), kept = static_cast<int>(wanted.size());
+  const DecoderBatch batch{count,           tokens.data(),       rows.data(),          positions.data(),
+                           adapters.data(), block_tables.data(), block_tables.shape(1)};
+  Array<float> hidden({static_cast<py::ssize_t>(kept), static_cast<py::ssize_t>(decoder.shape().hidden)});
+  float* out = hidden.mutable_data();
+  py::gil_scoped_release release;
+  decoder.forward(batch, kv);
+  decoder.final_hidden(wanted.data(), kept, out);
+  return hidden;
+}
+
+void logits(Decoder& decoder, const Array<float>& hidden, Array<float>& out) {
+  const auto count = static_cast<int>(hidden.shape(0));
+  float* target = out.mutable_data();
+  py::gil_scoped_release release;
+  decoder.logits(hidden.data(), count, target);
+}
+
+}  // namespace
+
+void bind_decoder(py::module_& m) {
+  py::class_<ThreadPool, std::shared_ptr<ThreadPool>>(m, "ThreadPool")
+      .def(py::init<int>(), py::arg("threads"))
+      .def_property_readonly("size", &ThreadPool::size);
+  py::class_<Decoder>(m, "Decoder")
+      .def(py::init([](const std::string& isa, std::shared_ptr<ThreadPool> pool, int layers, int hidden,
+                       int intermediate, int heads, int kv_heads, int head_dim, int vocabulary, float norm_eps,
+                       std::vector<int> windows) {
+             return new Decoder(
+                 select_isa(isa), std::move(pool),
+                 {layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary, norm_eps, std::move(windows)});
+           }),
+           py::arg("isa"), py::arg("pool"), py::arg("layers"), py::arg("hidden"), py::arg("intermediate"),
+           py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("vocabulary"), py::arg("norm_eps"),
+           py::arg("windows"))
+      .def("set_linear",
+           [](Decoder& decoder, int layer, int site, int format, int out, int in, const Array<uint8_t>& rows) {
+             if (site < 0 || site >= kSites) throw std::out_of_range("site");
+             layer_of(decoder, layer).weights[site] = pack(format, out, in, rows);
+           })
+      .def("set_bias", [](Decoder& decoder, int layer, int site,
+                          const Array<float>& bias) { layer_of(decoder, layer).biases[site] = floats(bias); })
+      .def("set_norm", &set_norm)
+      .def("set_embedding",
+           [](Decoder& decoder, int format, const Array<uint8_t>& rows) {
+             decoder.embedding = pack(format, decoder.shape().vocabulary, decoder.shape().hidden, rows);
+           })
+      .def("set_head",
+           [](Decoder& decoder, int format, const Array<uint8_t>& rows) {
+             decoder.head = pack(format, decoder.shape().vocabulary, decoder.shape().hidden, rows);
+           })
+      .def("set_rope",
+           [](Decoder& decoder, const Array<float>& cos, const Array<float>& sin) {
+             decoder.rope_cos = floats(cos);
+             decoder.rope_sin = floats(sin);
+           })
+      .def("add_adapter", &add_adapter)
+      .def("forward", &forward)
+      .def("logits", &logits)
+      .def_property_readonly("num_bytes", &Decoder::bytes);
+}
+
+}  // namespace pcm
