@@ -1,6 +1,7 @@
 // The inner loops of the decoder. Included once per instruction set, after its lanes.
 #pragma once
 
+#include "cpu/exp_log.h"
 #include "cpu/isa.h"
 
 namespace pcm::PCM_ISA {

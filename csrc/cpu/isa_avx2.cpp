@@ -1,8 +1,8 @@
 #define PCM_ISA avx2
 #include "cpu/simd_avx2.h"
+
 // The kernels come after the lanes they are written on.
 #include "cpu/decoder_blocks.h"
-#include "cpu/exp_log.h"
 #include "cpu/mix_sample_blocks.h"
 
 namespace pcm::avx2 {

@@ -1,6 +1,7 @@
 // The passes of mix_sample over one block of the vocabulary. Included once per instruction set, after its lanes.
 #pragma once
 
+#include "cpu/exp_log.h"
 #include "cpu/isa.h"
 
 namespace pcm::PCM_ISA {
