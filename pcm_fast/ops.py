@@ -20,6 +20,7 @@ from pcm_fast.sampling import MergeRule, SamplingParams
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _NUMPY_NAMES = {np.dtype(np.float32): "float32", np.dtype(np.float16): "float16"}  # quicker than asking for the name
+_ISAS = tuple(_native.isas())
 _MERGES = {"linear": 0, "log_linear": 1, "power": 2}
 _STATUS = {1: "NaN or +inf", 2: "no token left: all -inf, or excluded under these weights"}
 
@@ -27,10 +28,9 @@ _STATUS = {1: "NaN or +inf", 2: "no token left: all -inf, or excluded under thes
 def backends() -> dict[str, str]:
     """Every backend with what it is here: ``"available (...)"``, or why it is not."""
     absent = "not available: this build has no GPU kernels"
-    isas = _native.isas()
     return {
         "reference": "available (NumPy)",
-        "cpu": f"available (C++, {isa()}; this machine can run {', '.join(isas)})",
+        "cpu": f"available (C++, {isa()}; this machine can run {', '.join(_ISAS)})",
         "triton": absent,
         "cuda": absent,
     }
@@ -49,12 +49,11 @@ def backend() -> str:
 def isa() -> str:
     """The instruction set the C++ kernels run on: ``PCM_FAST_ISA`` if set, otherwise the machine's best."""
     wanted = os.environ.get("PCM_FAST_ISA") or "auto"
-    isas: list[str] = _native.isas()
     if wanted == "auto":
-        return isas[-1]
-    if wanted not in isas:
+        return _ISAS[-1]
+    if wanted not in _ISAS:
         raise ValueError(
-            f"PCM_FAST_ISA: expected auto or one of {', '.join(isas)} (what this machine runs), got {wanted!r}"
+            f"PCM_FAST_ISA: expected auto or one of {', '.join(_ISAS)} (what this machine runs), got {wanted!r}"
         )
     return wanted
 
@@ -246,8 +245,9 @@ class _Draws(NamedTuple):
            position: Any) -> _Draws:  # fmt: skip
         sampled = _per_row("do_sample", do_sample, batch, bool)
         heat = _per_row("temperature", temperature, batch, float, sys.float_info.max)
+        single = isinstance(sampled, bool) and isinstance(heat, float)
         return _Draws(
-            greedy=np.logical_not(sampled) | (heat == 0),
+            greedy=not sampled or heat == 0 if single else np.logical_not(sampled) | (np.asarray(heat) == 0),
             temperature=heat,
             top_k=_per_row("top_k", top_k, batch, int, 2**31 - 1),
             top_p=_per_row("top_p", top_p, batch, float, 1),

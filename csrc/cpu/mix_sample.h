@@ -68,7 +68,7 @@ struct BlockRange {
   ThreadPool* pool;
   int64_t blocks;
 
-  static constexpr int kChunksPerThread = 4;
+  static constexpr int kChunksPerThread = 8;
   int threads() const { return pool == nullptr ? 1 : pool->size(); }
   int chunks() const {
     if (pool == nullptr) return 1;

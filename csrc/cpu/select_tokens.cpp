@@ -205,7 +205,7 @@ int64_t draw_token(const MixSampleKernels& kernels, const BlockRange& range, Mix
     // Most of the mass is most often in a few tokens: look at those of at least 2^-10 first, at all if that is not
     // enough.
     const uint64_t wanted = by_count ? static_cast<uint64_t>(params.top_k) : ceil_product(params.top_p, kept);
-    for (const float floor : {std::max(cut.value, 0x1p-10f), cut.value}) {
+    for (const float floor : {std::max(cut.value, 0x1p-9f), std::max(cut.value, 0x1p-16f), cut.value}) {
       by_count ? selector.fill_histogram<true>(floor) : selector.fill_histogram<false>(floor);
       if (selector.in_histogram(by_count ? By::kCount : By::kMass) >= wanted) break;
     }
