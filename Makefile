@@ -2,6 +2,7 @@
 # make test   the whole test suite
 # make lint   what the code must look like;  make format  makes it so, where a tool can
 # make bench  the benchmarks, and the README's table from their results
+# make sanitize  csrc under AddressSanitizer + UndefinedBehaviorSanitizer, then under ThreadSanitizer
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -10,7 +11,7 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 PYTHON_FILES := pcm_fast kernels tests bench docs setup.py
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench sanitize clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -18,7 +19,7 @@ demo: $(VENV)/.demo
 	$(BIN)/pcm-fast demo
 
 test: $(VENV)/.dev
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests -n 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(PYTHON_FILES)
@@ -34,6 +35,21 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/pytest bench
 	$(BIN)/python bench/table.py
+
+KV_DRIVER := tests/cpp/kv_cache_driver.cpp csrc/kv_cache.cpp csrc/prefix_index.cpp csrc/kv_storage.cpp
+SANITIZE := -std=c++17 -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -Icsrc -pthread
+
+sanitize: build/kv_cache_driver.asan build/kv_cache_driver.tsan
+	build/kv_cache_driver.asan 400000 1 2
+	build/kv_cache_driver.tsan 100000 2 3
+
+build/kv_cache_driver.asan: $(KV_DRIVER) $(wildcard csrc/*.h)
+	mkdir -p build
+	$(CXX) $(SANITIZE) -fsanitize=address,undefined -o $@ $(KV_DRIVER)
+
+build/kv_cache_driver.tsan: $(KV_DRIVER) $(wildcard csrc/*.h)
+	mkdir -p build
+	$(CXX) $(SANITIZE) -fsanitize=thread -o $@ $(KV_DRIVER)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info pcm_fast/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
