@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["MixtureModel", "ModelSpec"]
 
 BACKENDS = ("auto", "reference", "native", "torch")
+LOGGER = logging.getLogger(__name__)
 WEIGHTS = ("auto", "float32", "bfloat16", "q8_0", "gguf")
 
 
@@ -62,7 +64,8 @@ class MixtureModel:
             if num_threads < 1:
                 raise ValueError(f"num_threads: expected an integer >= 1 or None, got {num_threads}")
         self.spec = spec
-        self.backend = _choose_backend(backend, weights)
+        self.backend = _choose_backend(spec, backend, weights)
+        self._weights = weights
         self._num_threads = num_threads
 
     @classmethod
@@ -122,7 +125,11 @@ class MixtureModel:
 
     @functools.cached_property
     def _backend(self) -> Backend:
-        return self.reference
+        if self.backend == "reference":
+            return self.reference
+        from pcm_fast.backends.native import NativeDecoder
+
+        return NativeDecoder(self.spec, self._weights, self._num_threads)
 
     def generate(
         self,
@@ -351,10 +358,19 @@ class MixtureModel:
         return iterate(lambda callback: self.chat(messages, streamer=callback, **options))
 
 
-def _choose_backend(backend: str, weights: str) -> str:
+def _choose_backend(spec: ModelSpec, backend: str, weights: str) -> str:
     """The backend that runs, for what was asked for."""
-    if backend in ("native", "torch"):
-        raise ValueError(f"backend: this build of pcm-fast has no {backend!r} backend; expected 'auto' or 'reference'")
+    if backend == "torch":
+        raise ValueError("backend: this build of pcm-fast has no 'torch' backend; expected 'native' or 'reference'")
+    if backend != "reference":
+        from pcm_fast.backends.native import reason_against
+
+        reason = reason_against(spec)
+        if reason is None:
+            return "native"
+        if backend == "native":
+            raise ValueError(f"backend: the native backend does not run {reason}; use backend='reference'")
+        LOGGER.warning("running on the slow reference backend: the native one does not run %s", reason)
     if weights not in ("auto", "float32"):
         raise ValueError(
             f"weights: the reference backend computes in float32; expected 'auto' or 'float32', got {weights!r}"

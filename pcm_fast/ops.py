@@ -314,20 +314,30 @@ def _raise_for(name: str, statuses: list[int]) -> None:
             raise ValueError(f"{name}: row {row}: {_STATUS[status]}")
 
 
-def _sampler(num_threads: int | None) -> _native.MixSampler:
-    if num_threads is None:
-        num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    elif isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
-        raise ValueError(f"num_threads: expected an integer >= 1, got {num_threads!r}")
-    return _sampler_of(isa(), num_threads, os.getpid())
+def num_threads(wanted: int | None) -> int:
+    """The number of threads wanted, checked; by default the cores this process may use."""
+    if wanted is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
+        raise ValueError(f"num_threads: expected an integer >= 1, got {wanted!r}")
+    return wanted
+
+
+def thread_pool(count: int) -> _native.ThreadPool:
+    """The threads that all kernels of this process share."""
+    return _pool_of(count, os.getpid())
+
+
+def _sampler(wanted: int | None) -> _native.MixSampler:
+    return _sampler_of(isa(), num_threads(wanted), os.getpid())
 
 
 @functools.lru_cache(maxsize=32)
-def _sampler_of(isa: str, num_threads: int, pid: int) -> _native.MixSampler:
-    return _native.MixSampler(isa, _pool_of(num_threads, pid))
+def _sampler_of(isa: str, threads: int, pid: int) -> _native.MixSampler:
+    return _native.MixSampler(isa, _pool_of(threads, pid))
 
 
 @functools.lru_cache(maxsize=8)
-def _pool_of(num_threads: int, pid: int) -> _native.ThreadPool:
-    """The threads, shared by all kernels; per process, since threads do not survive a fork."""
-    return _native.ThreadPool(num_threads)
+def _pool_of(threads: int, pid: int) -> _native.ThreadPool:
+    """Per process, since threads do not survive a fork."""
+    return _native.ThreadPool(threads)

@@ -129,7 +129,9 @@ class LearnedPCM:
     def weights(self, hidden: Float32, active: Sequence[int]) -> Float32:
         """Mixture weights [..., K] for hidden states [..., d]: exactly 0 outside active, which sums to 1."""
         columns = list(active)
-        scores = hidden.astype(np.float32) @ self.weight.T[:, columns] + self.bias[columns]
+        # No matrix product: what one row gets from that may depend on how many there are.
+        products = hidden.astype(np.float32)[..., None, :] * self.weight[columns]
+        scores = products.sum(axis=-1) + self.bias[columns]
         scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights = np.zeros((*hidden.shape[:-1], len(self.experts)), dtype=np.float32)
         weights[..., columns] = scores / scores.sum(axis=-1, keepdims=True)

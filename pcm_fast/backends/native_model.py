@@ -1,0 +1,214 @@
+"""A checkpoint and its adapters in the C++ decoder: the base weights once, in the precision they are kept in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pcm_fast import _native
+from pcm_fast.adapter import Adapter
+from pcm_fast.checkpoint import Checkpoint, ModelConfig, StoredTensor
+from pcm_fast.kv_cache import KvCacheManager, KvStorage
+
+Float32 = npt.NDArray[np.float32]
+Tokens = npt.NDArray[np.int64]
+
+SITES = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+FORMATS = {"F32": 0, "BF16": 1, "Q8_0": 2, "Q4_0": 3, "Q4_1": 4}
+ROPE_TYPES = ("default", "linear", "llama3", "factors")
+BLOCK_SIZE = 16
+PREFILL_CHUNK = 256  # tokens in one pass over the weights
+
+
+def unsupported(config: ModelConfig) -> str | None:
+    """Why the C++ decoder cannot run a model of this shape; None if it can."""
+    rope = (config.rope_scaling or {}).get("rope_type", "default")
+    if rope not in ROPE_TYPES:
+        return f"rotary scaling of type {rope!r}"
+    for name in ("hidden_size", "intermediate_size", "head_dim"):
+        if getattr(config, name) % 16:
+            return f"{name} {getattr(config, name)} is no multiple of 16"
+    return None
+
+
+class NativeModel:
+    """One base in the C++ decoder, with the adapters its rows may carry."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, adapters: Sequence[Adapter], weights: str, isa: str, pool: _native.ThreadPool
+    ) -> None:
+        config = checkpoint.config
+        assert config is not None
+        self.config = config
+        windows = [(config.sliding_window or 0) if slides else 0 for slides in config.sliding_layers]
+        self._decoder = _native.Decoder(
+            isa,
+            pool,
+            config.num_layers,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.vocab_size,
+            config.rms_norm_eps,
+            windows,
+        )
+        self._load(checkpoint.tensors, weights)
+        self._adapters = {id(adapter): self._decoder.add_adapter(_native_sites(adapter)) for adapter in adapters}
+        self._positions = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the packed weights and adapters."""
+        return self._decoder.num_bytes
+
+    def adapter_index(self, adapter: Adapter | None) -> int:
+        """The number of an adapter among the decoder's; -1 for none."""
+        return -1 if adapter is None else self._adapters[id(adapter)]
+
+    def logits(self, hidden: Float32, out: Float32) -> None:
+        """Logits [n, V] of hidden [n, d], into out."""
+        self._decoder.logits(hidden, out)
+
+    def reserve_positions(self, count: int) -> None:
+        """Have rotary factors for so many positions."""
+        if count > self._positions:
+            self._positions = 1024 * math.ceil(count / 1024)
+            angles = np.outer(np.arange(self._positions, dtype=np.float32), inverse_frequencies(self.config))
+            self._decoder.set_rope(np.cos(angles), np.sin(angles))
+
+    def _load(self, tensors: Mapping[str, StoredTensor], weights: str) -> None:
+        decoder, config = self._decoder, self.config
+        decoder.set_embedding(*packed(tensors["model.embed_tokens.weight"], weights))
+        if "lm_head.weight" in tensors:
+            decoder.set_head(*packed(tensors["lm_head.weight"], weights))
+        decoder.set_norm(0, "final", tensors["model.norm.weight"].dequantize())
+        for layer in range(config.num_layers):
+            prefix = f"model.layers.{layer}."
+            decoder.set_norm(layer, "input", tensors[prefix + "input_layernorm.weight"].dequantize())
+            decoder.set_norm(layer, "post", tensors[prefix + "post_attention_layernorm.weight"].dequantize())
+            if config.qk_norm:
+                decoder.set_norm(layer, "q", tensors[prefix + "self_attn.q_norm.weight"].dequantize())
+                decoder.set_norm(layer, "k", tensors[prefix + "self_attn.k_norm.weight"].dequantize())
+            for site, name in enumerate(SITES):
+                tensor = tensors[f"{prefix}{name}.weight"]
+                kind, rows = packed(tensor, weights)
+                decoder.set_linear(layer, site, kind, tensor.shape[0], tensor.shape[1], rows)
+                if config.has_bias(prefix + name):
+                    decoder.set_bias(layer, site, tensors[f"{prefix}{name}.bias"].dequantize())
+
+
+class Rows:
+    """Contexts of different lengths that one model reads side by side, each with its own adapter and KV cache."""
+
+    def __init__(self, model: NativeModel, contexts: Sequence[Tokens], adapters: Sequence[int], more: int) -> None:
+        """Start rows with room for their contexts and `more` tokens after them."""
+        self._model = model
+        self._adapters = np.array(adapters, dtype=np.int32)
+        config = model.config
+        blocks = [math.ceil((len(context) + more) / BLOCK_SIZE) for context in contexts]
+        self._cache = KvCacheManager(
+            num_blocks=sum(blocks), block_size=BLOCK_SIZE, max_rows=len(contexts), max_blocks_per_row=max(blocks)
+        )
+        self._storage = KvStorage(
+            num_layers=config.num_layers,
+            num_blocks=sum(blocks),
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=BLOCK_SIZE,
+        )
+        self._rows = [self._cache.create_row(index, context[:1]) for index, context in enumerate(contexts)]
+        model.reserve_positions(max(map(len, contexts)) + more)
+
+    def read(self, contexts: Sequence[Tokens]) -> list[Float32]:
+        """Read the contexts, in passes of many tokens; the last hidden states of every token, [L, d] for each row."""
+        rows = np.repeat(np.arange(len(contexts)), [len(context) for context in contexts])
+        tokens = np.concatenate(contexts)
+        hidden = [
+            self._pass(tokens[start : start + PREFILL_CHUNK], rows[start : start + PREFILL_CHUNK])
+            for start in range(0, len(tokens), PREFILL_CHUNK)
+        ]
+        return np.split(np.concatenate(hidden), np.cumsum([len(context) for context in contexts])[:-1])
+
+    def step(self, tokens: Tokens, rows: npt.NDArray[np.intp]) -> Float32:
+        """Read one more token [n] in some of the rows [n]; their last hidden states [n, d]."""
+        return self._pass(tokens, rows)
+
+    def _pass(self, tokens: Tokens, rows: npt.NDArray[Any]) -> Float32:
+        touched, first, counts = np.unique(rows, return_index=True, return_counts=True)
+        handles = [self._rows[row] for row in touched]
+        starts = np.repeat([self._cache.length(handle) for handle in handles], counts)
+        positions = starts + np.arange(len(rows)) - np.repeat(first, counts)
+        copies = self._cache.append_slots(handles, counts.tolist())
+        assert not copies
+        hidden = self._model._decoder.forward(
+            self._storage,
+            tokens.astype(np.int32),
+            np.repeat(handles, counts).astype(np.int32),
+            positions.astype(np.int32),
+            self._adapters[rows],
+            self._cache.block_tables,
+            np.arange(len(rows), dtype=np.int32),
+        )
+        for handle, begin, count in zip(handles, first, counts, strict=True):
+            self._cache.commit(handle, tokens[begin : begin + count])
+        return hidden
+
+
+def packed(tensor: StoredTensor, weights: str) -> tuple[int, npt.NDArray[np.uint8]]:
+    """The format and the rows of bytes that a weight matrix [out, in] is kept in.
+
+    "auto" and "gguf" keep what the checkpoint has; a kind that the decoder does not know becomes float32.
+    """
+    wanted = {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0"}.get(weights, tensor.dtype)
+    if wanted not in FORMATS:
+        wanted = "F32"
+    if wanted == tensor.dtype:
+        return FORMATS[wanted], np.ascontiguousarray(tensor.blocks())
+    values = tensor.dequantize()
+    if wanted == "F32":
+        return FORMATS[wanted], values.view(np.uint8)
+    import gguf
+
+    kind = getattr(gguf.GGMLQuantizationType, wanted)
+    return FORMATS[wanted], np.ascontiguousarray(gguf.quants.quantize(values, kind)).view(np.uint8)
+
+
+def inverse_frequencies(config: ModelConfig) -> Float32:
+    """Inverse rotary frequencies [head_dim / 2]; scaling as in Hugging Face's "linear" and "llama3" (Llama 3.1)."""
+    scaling = config.rope_scaling or {}
+    kind = scaling.get("rope_type", "default")
+    frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    if kind == "factors":
+        frequencies = frequencies / np.asarray(scaling["factors"])
+    elif kind == "linear":
+        frequencies = frequencies / scaling["factor"]
+    elif kind == "llama3":
+        low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        smooth = np.clip((turns - low) / (high - low), 0, 1)
+        frequencies = (1 - smooth) * frequencies / factor + smooth * frequencies
+    result: Float32 = frequencies.astype(np.float32)
+    return result
+
+
+def _native_sites(adapter: Adapter) -> list[tuple[int, int, Float32, Float32]]:
+    sites = []
+    for path, factors in adapter.sites.items():
+        _, _, layer, name = path.split(".", 3)
+        scaled = np.ascontiguousarray(factors.B.T * np.float32(factors.scaling), dtype=np.float32)
+        sites.append((int(layer), SITES.index(name), np.ascontiguousarray(factors.A, dtype=np.float32), scaled))
+    return sites
