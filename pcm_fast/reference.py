@@ -1,8 +1,7 @@
 """The definition of the mixture, in plain transformers and torch: one forward per expert per token.
 
 Nothing here is fast, and nothing is a straw man either: adapters are merged into the weights, every expert has its KV
-    cache, and
-a batch is one forward. Everything fast in this package is held to what this file computes.
+cache, and a batch is one forward. Everything fast in this package is held to what this file computes.
 
 For prompt x, preference xi and K experts, at every step t, in float32:
 
@@ -32,9 +31,10 @@ from pcm_fast.generation import GenerateOptions
 from pcm_fast.model import MixtureModel
 from pcm_fast.pcm import LearnedPCM
 from pcm_fast.prompts import Rows
-from pcm_fast.request import Request, prepare_request
+from pcm_fast.request import Request, prepare_request, same_shape, stopped
 from pcm_fast.sampling import MergeRule, sample
 from pcm_fast.spec import ModelSpec
+from pcm_fast.streaming import streaming
 from pcm_fast.teacher_forcing import ForcedRequest, prepare_forced
 from pcm_fast.transformers_model import build_model, merge_adapter
 
@@ -86,7 +86,7 @@ class Decoder:
         num_rows, prompt_length = sequences.shape
         unfinished, lengths = np.ones(num_rows, dtype=bool), np.zeros(num_rows, dtype=np.int64)
         reports, times = [], [time.perf_counter()]
-        with _streaming(options.streamer, sequences) as stream:
+        with streaming(options.streamer, request.batch.input_ids) as stream:
             for step in range(options.max_new_tokens):
                 generated = sequences[:, prompt_length:].numpy()
 
@@ -104,7 +104,7 @@ class Decoder:
                 rows = zip(log_p.numpy(), request.batch.rows, generated, strict=True)
                 log_p = torch.from_numpy(np.stack([request.processors.apply(*row) for row in rows]))
                 for processor in options.logits_processors:
-                    log_p = _same_shape("logits_processor", processor(sequences, log_p), log_p)
+                    log_p = same_shape(processor(sequences, log_p), log_p)
 
                 # 5. The draw. A row that has ended goes on with pad tokens that nobody reads.
                 tokens = torch.full((num_rows,), request.pad_token_id)
@@ -120,10 +120,10 @@ class Decoder:
 
                 sequences = torch.cat([sequences, chosen], dim=1)
                 lengths += unfinished
-                stream(tokens)
+                stream(tokens.numpy())
                 unfinished &= ~np.isin(tokens.numpy(), request.eos_token_ids)
                 for criterion in options.criteria:
-                    unfinished &= ~_stopped(criterion(sequences, log_p), num_rows)
+                    unfinished &= ~stopped(criterion(sequences, log_p), num_rows)
                 if not unfinished.any():
                     break
                 for reader in experts + pcm:
@@ -227,7 +227,8 @@ def merge(expert_log_p: torch.Tensor, weights: torch.Tensor, rule: MergeRule) ->
     w = weights.T[:, :, None]
     if rule.kind == "log_linear":
         terms = torch.where(w == 0, 0, w * expert_log_p)
-        excluded = (expert_log_p.isneginf() & (w > 0)).any(dim=0)
+        zero = expert_log_p.isneginf()
+        excluded = (zero & (w > 0)).any(dim=0) | (zero | (w == 0)).all(dim=0)
         merged = terms.sum(dim=0).masked_fill(excluded, -torch.inf)
     else:
         exponent = rule.exponent if rule.kind == "power" else 1.0
@@ -242,34 +243,6 @@ def _draw(log_p: torch.Tensor, options: GenerateOptions, row: int, step: int) ->
         return sample(log_p.numpy(), options.sampling, sequence=options.first_sequence + row, position=step)
     except ValueError as error:
         raise ValueError(f"row {row}, token {step}: {error}") from None
-
-
-def _same_shape(name: str, value: Any, like: torch.Tensor) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor) or value.shape != like.shape:
-        got = list(value.shape) if isinstance(value, torch.Tensor) else repr(value)
-        raise ValueError(f"{name}: expected it to return a tensor of shape {list(like.shape)}, got {got}")
-    return value.float()
-
-
-def _stopped(answer: Any, num_rows: int) -> npt.NDArray[np.bool_]:
-    """The answer of a stopping criterion, one bool or one per row, as bool [B]."""
-    stopped = np.asarray(answer, dtype=bool)
-    if stopped.shape not in ((), (num_rows,)):
-        raise ValueError(f"stopping_criteria: expected a bool or shape [{num_rows}], got {list(stopped.shape)}")
-    return np.broadcast_to(stopped, (num_rows,))
-
-
-@contextlib.contextmanager
-def _streaming(streamer: Any, prompt: torch.Tensor) -> Iterator[Any]:
-    """A function that passes tokens on to the streamer; the end is told to it whatever happens."""
-    if streamer is None:
-        yield lambda tokens: None
-        return
-    try:
-        streamer.put(prompt)
-        yield streamer.put
-    finally:
-        streamer.end()
 
 
 @contextlib.contextmanager

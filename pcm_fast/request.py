@@ -189,6 +189,23 @@ def check_lengths(
         raise ValueError(f"max_new_tokens: {reads}: expected at most {limit - longest} new tokens, got {new_tokens}")
 
 
+def same_shape(value: Any, like: Any) -> Any:
+    """What a logits processor returned, a float32 tensor, if it has the shape of the tensor it was given."""
+    shape = list(value.shape) if hasattr(value, "float") else None
+    if shape != list(like.shape):
+        got = repr(value) if shape is None else shape
+        raise ValueError(f"logits_processor: expected it to return a tensor of shape {list(like.shape)}, got {got}")
+    return value.float()
+
+
+def stopped(answer: Any, num_rows: int) -> npt.NDArray[np.bool_]:
+    """The answer of a stopping criterion, one bool or one per row, as bool [B]."""
+    rows = np.asarray(answer, dtype=bool)
+    if rows.shape not in ((), (num_rows,)):
+        raise ValueError(f"stopping_criteria: expected a bool or shape [{num_rows}], got {list(rows.shape)}")
+    return np.broadcast_to(rows, (num_rows,))
+
+
 def _eos(value: int | Sequence[int] | None, spec: ModelSpec, size: int) -> tuple[int, ...]:
     if value is None:
         return eos_token_ids(spec.checkpoint)

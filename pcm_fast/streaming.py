@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pcm_fast.tokenizer import Tokenizer
 
@@ -81,3 +83,18 @@ def iterate(produce: Callable[[Callable[[str], None]], Any]) -> Iterator[str]:
     finally:
         closed.set()
         thread.join()
+
+
+@contextlib.contextmanager
+def streaming(streamer: Any, prompt: npt.NDArray[np.int64]) -> Iterator[Callable[[npt.NDArray[np.int64]], None]]:
+    """A function that passes tokens [B] on to a Hugging Face streamer; the end is told to it whatever happens."""
+    if streamer is None:
+        yield lambda tokens: None
+        return
+    import torch
+
+    try:
+        streamer.put(torch.from_numpy(prompt))
+        yield lambda tokens: streamer.put(torch.from_numpy(tokens))
+    finally:
+        streamer.end()

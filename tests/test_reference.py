@@ -829,3 +829,15 @@ def test_another_architecture_runs_through_transformers(tmp_path, caplog, archit
 def test_the_first_argument_is_a_model(ids):
     with pytest.raises(TypeError, match="model_spec: expected a ModelSpec or a MixtureModel, got 'smollm2'"):
         reference.generate("smollm2", ids)
+
+
+def test_a_token_that_all_experts_exclude_stays_excluded_under_negative_weights():
+    logits = torch.tensor([[0.0, 1.0, -torch.inf], [2.0, 1.0, -torch.inf]])
+    weights = torch.tensor([[1.5, -0.5]])
+    rule = MergeRule.parse("log_linear")
+    merged = reference.merge(logits.log_softmax(-1)[:, None], weights, rule)[0].numpy()
+    np.testing.assert_allclose(merged, merge_log_probs(logits.numpy(), weights[0].numpy(), rule), atol=1e-6)
+    only_negative = reference.merge(logits.log_softmax(-1)[1:, None], weights[:, 1:], rule)[0].numpy()
+    np.testing.assert_allclose(
+        only_negative, merge_log_probs(logits[1:].numpy(), weights[0, 1:].numpy(), rule), atol=1e-6
+    )

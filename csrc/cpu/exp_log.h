@@ -5,20 +5,35 @@
 
 namespace pcm::PCM_ISA {
 
-// exp(x) for x <= 0; exp(-87) below -87.
-static inline Vec exp32(Vec x) {
-  x = max(x, set1(-87.0f));
+// So many vectors go through exp side by side: one alone leaves the arithmetic units waiting for its chain of
+// operations.
+constexpr int kAbreast = kLanes == 16 ? 4 : kLanes == 8 ? 2 : 1;
+
+// x = exp(x) for kCount vectors of x <= 0; exp(-87) below -87.
+template <int kCount>
+static inline void exp32_all(Vec* x) {
   const Vec magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-  const Vec shifted = x * set1(1.44269504088896341f) + magic;
-  const Vec n = shifted - magic;
-  const Vec r = (x - n * set1(0.693359375f)) - n * set1(-2.12194440e-4f);
-  Vec p = set1(1.3814433478e-3f);
-  p = p * r + set1(8.3687966689e-3f);
-  p = p * r + set1(4.1668396443e-2f);
-  p = p * r + set1(1.6666519642e-1f);
-  p = p * r + set1(4.9999994040e-1f);
-  p = (p * (r * r) + r) + set1(1.0f);
-  return add_exponent(p, shifted);
+  Vec shifted[kCount], r[kCount], p[kCount];
+  const auto each = [](auto&& step) __attribute__((always_inline)) {
+    for (int i = 0; i < kCount; ++i) step(i);
+  };
+  each([&](int i) { x[i] = max(x[i], set1(-87.0f)); });
+  each([&](int i) { shifted[i] = x[i] * set1(1.44269504088896341f); });
+  each([&](int i) { shifted[i] = shifted[i] + magic; });
+  each([&](int i) { p[i] = shifted[i] - magic; });
+  each([&](int i) { r[i] = x[i] - p[i] * set1(0.693359375f); });
+  each([&](int i) { r[i] = r[i] - p[i] * set1(-2.12194440e-4f); });
+  each([&](int i) { p[i] = set1(1.3814433478e-3f) * r[i] + set1(8.3687966689e-3f); });
+  each([&](int i) { p[i] = p[i] * r[i] + set1(4.1668396443e-2f); });
+  each([&](int i) { p[i] = p[i] * r[i] + set1(1.6666519642e-1f); });
+  each([&](int i) { p[i] = p[i] * r[i] + set1(4.9999994040e-1f); });
+  each([&](int i) { p[i] = (p[i] * (r[i] * r[i]) + r[i]) + set1(1.0f); });
+  each([&](int i) { x[i] = add_exponent(p[i], shifted[i]); });
+}
+
+static inline Vec exp32(Vec x) {
+  exp32_all<1>(&x);
+  return x;
 }
 
 // log(x); -inf below the smallest normal number.

@@ -20,10 +20,14 @@ static float max_block(const float* x, bool* bad) {
 
 static uint64_t exp_block(const float* x, float top, float* out) {
   MassSum sum;
-  for (int v = 0; v < kBlock; v += kLanes) {
-    const Vec e = exp32(load(x + v) - set1(top));
-    sum.add(e);
-    store(out + v, e);
+  for (int v = 0; v < kBlock; v += kAbreast * kLanes) {
+    Vec e[kAbreast];
+    for (int i = 0; i < kAbreast; ++i) e[i] = load(x + v + i * kLanes) - set1(top);
+    exp32_all<kAbreast>(e);
+    for (int i = 0; i < kAbreast; ++i) {
+      sum.add(e[i]);
+      store(out + v + i * kLanes, e[i]);
+    }
   }
   return sum.total();
 }
@@ -119,12 +123,18 @@ static void normalize_block(const float* x, float top, float log_total, float* o
 static uint64_t temper_block(const float* x, float top, float temperature, float* out, float* greatest) {
   MassSum sum;
   Vec most = set1(0.0f);
-  for (int v = 0; v < kBlock; v += kLanes) {
-    Vec l = load(x + v) - set1(top);
-    if (temperature != 1.0f) l = l / set1(temperature);
-    const Vec e = sum.add(exp32(l));
-    most = max(most, e);
-    store(out + v, e);
+  for (int v = 0; v < kBlock; v += kAbreast * kLanes) {
+    Vec e[kAbreast];
+    for (int i = 0; i < kAbreast; ++i) {
+      e[i] = load(x + v + i * kLanes) - set1(top);
+      if (temperature != 1.0f) e[i] = e[i] / set1(temperature);
+    }
+    exp32_all<kAbreast>(e);
+    for (int i = 0; i < kAbreast; ++i) {
+      e[i] = sum.add(e[i]);
+      most = max(most, e[i]);
+      store(out + v + i * kLanes, e[i]);
+    }
   }
   *greatest = max_lane(most);
   return sum.total();

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,9 @@ from pcm_fast.generation import GenerateOptions
 from pcm_fast.pcm import LearnedPCM
 from pcm_fast.processors import Processors
 from pcm_fast.prompts import Tokens
-from pcm_fast.request import Request, prepare_request
+from pcm_fast.request import Request, prepare_request, same_shape, stopped
 from pcm_fast.spec import ModelSpec
+from pcm_fast.streaming import streaming
 from pcm_fast.teacher_forcing import ForcedRequest, prepare_forced
 
 Float32 = npt.NDArray[np.float32]
@@ -77,15 +77,14 @@ class NativeDecoder:
         adapters = [self.model.adapter_index(adapter) for _ in range(num_rows) for _, adapter in readers]
         times = [time.perf_counter()]
         rows = Rows(self.model, contexts, adapters, options.max_new_tokens)
-        hidden = np.stack([states[-1] for states in rows.read(contexts)])
-        hidden = hidden.reshape(num_rows, len(readers), -1)  # [B, R, d]
+        hidden = rows.read(contexts, 1).reshape(num_rows, len(readers), -1)  # [B, R, d]
         logits = np.empty((num_rows, num_running, self.model.config.vocab_size), np.float32)
 
         sequences = request.batch.input_ids
         prompt_length = sequences.shape[1]
         unfinished, lengths = np.ones(num_rows, dtype=bool), np.zeros(num_rows, dtype=np.int64)
         reports = []
-        with _streaming(options.streamer, sequences) as stream:
+        with streaming(options.streamer, sequences) as stream:
             for step in range(options.max_new_tokens):
                 live = np.flatnonzero(unfinished)
                 generated = sequences[:, prompt_length:]
@@ -107,7 +106,7 @@ class NativeDecoder:
                 stream(tokens)
                 unfinished &= ~np.isin(tokens, request.eos_token_ids)
                 for criterion in options.criteria:
-                    unfinished &= ~_stopped(criterion, sequences, drawn[3], live, num_rows)
+                    unfinished &= ~_ask(criterion, sequences, drawn[3], live)
                 if not unfinished.any() or step + 1 == options.max_new_tokens:
                     break
                 live = np.flatnonzero(unfinished)
@@ -155,7 +154,7 @@ class NativeDecoder:
 
             scores = torch.from_numpy(log_p)
             for processor in options.logits_processors:
-                scores = _same_shape(processor(torch.from_numpy(sequences[live]), scores), scores)
+                scores = same_shape(processor(torch.from_numpy(sequences[live]), scores), scores)
             log_p = scores.numpy()
         tokens, logprobs = ops.sample(log_p, **draw)
         one = np.ones((len(live), 1), np.float32)
@@ -178,9 +177,9 @@ class NativeDecoder:
                 assert isinstance(forced.mixture.pcm, LearnedPCM)
                 contexts.append(forced.pcm_contexts[row])
                 row_adapters.append(self.model.adapter_index(forced.mixture.pcm.adapter))
-            hidden = [states[-length:] for states in Rows(self.model, contexts, row_adapters, 0).read(contexts)]
+            hidden = Rows(self.model, contexts, row_adapters, 0).read(contexts, length)  # [R, length, d]
             weights = forced.position_weights(row, hidden[-1] if forced.pcm_contexts is not None else None)[:, running]
-            experts = np.stack(hidden[: len(running)], axis=1)  # [length, R, d]
+            experts = np.ascontiguousarray(hidden[: len(running)].swapaxes(0, 1))  # [length, R, d]
             for start in range(0, length, POSITIONS_AT_ONCE):
                 part = slice(start, min(start + POSITIONS_AT_ONCE, length))
                 logits = np.empty((part.stop - start, len(running), output.shape[-1]), np.float32)
@@ -198,37 +197,10 @@ def _adapters(spec: ModelSpec) -> list[Adapter]:
     return found
 
 
-def _same_shape(value: Any, like: Any) -> Any:
-    shape = list(getattr(value, "shape", ())) or repr(value)
-    if shape != list(like.shape):
-        raise ValueError(f"logits_processor: expected it to return a tensor of shape {list(like.shape)}, got {shape}")
-    return value.float()
-
-
-def _stopped(
-    criterion: Callable[..., Any], sequences: Tokens, log_p: Float32, live: Any, num_rows: int
-) -> npt.NDArray[np.bool_]:
-    """The answer of a stopping criterion, one bool or one per row, as bool [B]; rows that have ended score 0."""
+def _ask(criterion: Callable[..., Any], sequences: Tokens, log_p: Float32, live: Any) -> npt.NDArray[np.bool_]:
+    """The rows [B] that a stopping criterion ends; log_p [n, V] are those of the live rows, the others score 0."""
     import torch
 
-    scores = np.zeros((num_rows, log_p.shape[-1]), np.float32)
+    scores = np.zeros((len(sequences), log_p.shape[-1]), np.float32)
     scores[live] = log_p
-    stopped = np.asarray(criterion(torch.from_numpy(sequences), torch.from_numpy(scores)), dtype=bool)
-    if stopped.shape not in ((), (num_rows,)):
-        raise ValueError(f"stopping_criteria: expected a bool or shape [{num_rows}], got {list(stopped.shape)}")
-    return np.broadcast_to(stopped, (num_rows,))
-
-
-@contextlib.contextmanager
-def _streaming(streamer: Any, prompt: Tokens) -> Iterator[Callable[[Tokens], None]]:
-    """A function that passes tokens on to the streamer; the end is told to it whatever happens."""
-    if streamer is None:
-        yield lambda tokens: None
-        return
-    import torch
-
-    try:
-        streamer.put(torch.from_numpy(prompt))
-        yield lambda tokens: streamer.put(torch.from_numpy(tokens))
-    finally:
-        streamer.end()
+    return stopped(criterion(torch.from_numpy(sequences), torch.from_numpy(scores)), len(sequences))

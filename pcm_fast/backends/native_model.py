@@ -79,6 +79,13 @@ class NativeModel:
         """The number of an adapter among the decoder's; -1 for none."""
         return -1 if adapter is None else self._adapters[id(adapter)]
 
+    def forward(self, storage: KvStorage, *arrays: npt.NDArray[Any]) -> Float32:
+        """One pass over tokens, rows, positions and adapters [n] under block_tables; hidden states of those wanted."""
+        tokens, rows, positions, adapters, block_tables, wanted = (
+            array.astype(np.int32, copy=False) for array in arrays
+        )
+        return self._decoder.forward(storage, tokens, rows, positions, adapters, block_tables, wanted)
+
     def logits(self, hidden: Float32, out: Float32) -> None:
         """Logits [n, V] of hidden [n, d], into out."""
         self._decoder.logits(hidden, out)
@@ -133,35 +140,36 @@ class Rows:
         self._rows = [self._cache.create_row(index, context[:1]) for index, context in enumerate(contexts)]
         model.reserve_positions(max(map(len, contexts)) + more)
 
-    def read(self, contexts: Sequence[Tokens]) -> list[Float32]:
-        """Read the contexts, in passes of many tokens; the last hidden states of every token, [L, d] for each row."""
+    def read(self, contexts: Sequence[Tokens], last: int) -> Float32:
+        """Read the contexts, in passes of many tokens; the last hidden states of their last tokens, [R, last, d]."""
         rows = np.repeat(np.arange(len(contexts)), [len(context) for context in contexts])
+        kept = np.concatenate([np.arange(len(context)) >= len(context) - last for context in contexts])
         tokens = np.concatenate(contexts)
-        hidden = [
-            self._pass(tokens[start : start + PREFILL_CHUNK], rows[start : start + PREFILL_CHUNK])
-            for start in range(0, len(tokens), PREFILL_CHUNK)
-        ]
-        return np.split(np.concatenate(hidden), np.cumsum([len(context) for context in contexts])[:-1])
+        hidden = []
+        for start in range(0, len(tokens), PREFILL_CHUNK):
+            part = slice(start, start + PREFILL_CHUNK)
+            hidden.append(self._pass(tokens[part], rows[part], np.flatnonzero(kept[part])))
+        return np.concatenate(hidden).reshape(len(contexts), last, -1)
 
     def step(self, tokens: Tokens, rows: npt.NDArray[np.intp]) -> Float32:
         """Read one more token [n] in some of the rows [n]; their last hidden states [n, d]."""
-        return self._pass(tokens, rows)
+        return self._pass(tokens, rows, np.arange(len(rows)))
 
-    def _pass(self, tokens: Tokens, rows: npt.NDArray[Any]) -> Float32:
+    def _pass(self, tokens: Tokens, rows: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> Float32:
         touched, first, counts = np.unique(rows, return_index=True, return_counts=True)
         handles = [self._rows[row] for row in touched]
         starts = np.repeat([self._cache.length(handle) for handle in handles], counts)
         positions = starts + np.arange(len(rows)) - np.repeat(first, counts)
         copies = self._cache.append_slots(handles, counts.tolist())
         assert not copies
-        hidden = self._model._decoder.forward(
+        hidden = self._model.forward(
             self._storage,
-            tokens.astype(np.int32),
-            np.repeat(handles, counts).astype(np.int32),
-            positions.astype(np.int32),
+            tokens,
+            np.repeat(handles, counts),
+            positions,
             self._adapters[rows],
             self._cache.block_tables,
-            np.arange(len(rows), dtype=np.int32),
+            wanted,
         )
         for handle, begin, count in zip(handles, first, counts, strict=True):
             self._cache.commit(handle, tokens[begin : begin + count])
