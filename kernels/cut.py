@@ -1,11 +1,11 @@
 """top-k, min-p and top-p as a *cut*, found by a radix select on integer masses, and the draw of a token under it.
 
-Tokens are ordered by mass descending, then id ascending, and what is kept is the beginning of that order: the tokens of more
-mass than ``cut``, and the first ``ties`` in id order of those that have exactly that mass.
+Tokens are ordered by mass descending, then id ascending, and what is kept is the beginning of that order: the tokens of
+more mass than ``cut``, and the first ``ties`` in id order of those that have exactly that mass.
 
-A positive mass as float32 is ordered as its bits are. Counted from those of 1.0 they are 29 bits, which the select fixes in
-three digits: one of 11 bits (1281 values occur), then two of 9. For each digit a histogram in memory (int64, integer atomic
-additions) holds the mass, and for top-k also the number, of the tokens that agree with the digits found before it.
+A positive mass as float32 is ordered as its bits are. Counted from those of 1.0 they are 29 bits, which the select
+finds in three digits: one of 11 bits (1281 values occur), then two of 9. For each digit a histogram in memory (int64,
+integer atomic additions) holds the mass, and for top-k also the number, of tokens that agree with the digits before.
 """
 
 import triton
@@ -106,7 +106,7 @@ def mass_at(key):
 def settle_top_k(histograms, prefix, before, before_mass, top_k, floor, count, total):
     """The cut after min-p and top-k, the ties it keeps, and the mass kept.
 
-    `prefix` holds the first two digits of the top_k-th token, found with `before` tokens of mass `before_mass` above it;
+    `prefix` holds the first two digits of the top_k-th token, found with `before` tokens of mass `before_mass` above;
     `count` tokens of mass `total` have at least the mass `floor`.
     """
     digit, more = find_digit(histograms + K_COUNT_3, top_k - before, DIGITS)
@@ -131,8 +131,8 @@ def settle_top_p(histograms, prefix, before, target):
 def least_worth_counting(floor, kept, target, count):
     """A mass, at least `floor`, under which all tokens together cannot matter to a prefix of mass `target`.
 
-    Tokens under (kept - target) / count have less than kept - target together, so the rest reaches the target. That spares
-    the histogram most of a vocabulary's long tail.
+    Tokens under (kept - target) / count have less than kept - target together, so the rest reaches the target. That
+    spares the histogram most of a vocabulary's long tail.
     """
     return tl.maximum(floor, (kept - target) // tl.maximum(count, 1))
 

@@ -3,8 +3,8 @@
 They are fixed sequences of float32 additions and multiplications. Nothing may be fused: every kernel that calls them is
 launched with ``enable_fp_fusion=False``, and divisions are `tl.div_rn`, since ``/`` is approximate on a GPU.
 
-A *mass* is a whole number of units of 2^-40, at most 2^40. As float32 it is exact (it has 24 significant bits at most), so
-rows of masses are kept as float32, and sums of masses are int64.
+A *mass* is a whole number of units of 2^-40, at most 2^40. As float32 it is exact (it has 24 significant bits at most),
+so rows of masses are kept as float32, and sums of masses are int64.
 """
 
 import triton

@@ -1,7 +1,7 @@
 """Passes over a row's expert logits: the greatest of each expert, its normaliser, and the merged log-probabilities.
 
-Each pass covers the tokens [start, end) of one row, so that one program can walk a whole row or many can share it. Floats
-are reduced by maximum alone and sums are of integers: the split leaves no trace in the result.
+Each pass covers the tokens [start, end) of one row, so that one program can walk a whole row or many can share it.
+Floats are reduced by maximum alone and sums are of integers: the split leaves no trace in the result.
 """
 
 import triton
@@ -63,7 +63,7 @@ def store_term(term, top, mass, weight):
 
 @triton.jit
 def expert_log_prob(logits, term, v, mask, stride_v):
-    """log p_i of the tokens v; -inf, and nothing read, where the mask is false or the expert has weight 0."""
+    """Log p_i of the tokens v; -inf, and nothing read, where the mask is false or the expert has weight 0."""
     reads = tl.where(mask, tl.load(term + WEIGHT), 0.0) != 0
     x = tl.load(logits + v.to(tl.int64) * stride_v, mask=reads, other=float("-inf")).to(tl.float32)
     return (x - tl.load(term + TOP)) - tl.load(term + LOG_TOTAL)
@@ -71,9 +71,9 @@ def expert_log_prob(logits, term, v, mask, stride_v):
 
 @triton.jit
 def merge_in_log_space(logits, terms, v, mask, stride_k, stride_v, exponent, K: tl.constexpr):
-    """log sum_i w_i p_i^exponent; -inf where a term is +inf: a negative exponent lets one expert exclude a token."""
+    """Log sum_i w_i p_i^exponent; -inf where a term is +inf: a negative exponent lets one expert exclude a token."""
     top = tl.full(v.shape, float("-inf"), tl.float32)
-    for i in tl.static_range(K):
+    for i in range(K):
         log_p = expert_log_prob(logits + i * stride_k, terms + i * TERM, v, mask, stride_v)
         weighted = log_p * exponent + tl.load(terms + i * TERM + LOG_WEIGHT)
         top = tl.maximum(top, tl.where(tl.load(terms + i * TERM + WEIGHT) != 0, weighted, float("-inf")))
@@ -81,7 +81,7 @@ def merge_in_log_space(logits, terms, v, mask, stride_k, stride_v, exponent, K: 
     none = top == float("-inf")
     base = tl.where(none, 0.0, top)
     total = tl.zeros(v.shape, tl.float32)
-    for i in tl.static_range(K):
+    for i in range(K):
         log_p = expert_log_prob(logits + i * stride_k, terms + i * TERM, v, mask, stride_v)
         weighted = log_p * exponent + tl.load(terms + i * TERM + LOG_WEIGHT)
         total += tl.where(tl.load(terms + i * TERM + WEIGHT) != 0, exp32(weighted - base), 0.0)
@@ -90,10 +90,10 @@ def merge_in_log_space(logits, terms, v, mask, stride_k, stride_v, exponent, K: 
 
 @triton.jit
 def merge_linear(logits, terms, v, mask, stride_k, stride_v, active, K: tl.constexpr):
-    """log sum_i w_i p_i; `active` experts have a weight other than 0."""
+    """Log sum_i w_i p_i; `active` experts have a weight other than 0."""
     p = tl.zeros(v.shape, tl.float32)
     only = tl.full(v.shape, float("-inf"), tl.float32)
-    for i in tl.static_range(K):
+    for i in range(K):
         term = terms + i * TERM
         reads = tl.where(mask, tl.load(term + WEIGHT), 0.0) != 0
         x = tl.load(logits + i * stride_k + v.to(tl.int64) * stride_v, mask=reads, other=float("-inf")).to(tl.float32)
@@ -115,7 +115,7 @@ def merge_log_linear(logits, terms, v, mask, stride_k, stride_v, K: tl.constexpr
     total = tl.zeros(v.shape, tl.float32)
     most = tl.full(v.shape, float("-inf"), tl.float32)
     excluded = most > 0
-    for i in tl.static_range(K):
+    for i in range(K):
         weight = tl.load(terms + i * TERM + WEIGHT)
         log_p = expert_log_prob(logits + i * stride_k, terms + i * TERM, v, mask, stride_v)
         total += tl.where(weight != 0, log_p * weight, 0.0)
@@ -161,7 +161,7 @@ def scan_merge(
 def count_active(weights, stride, K: tl.constexpr):
     """How many experts have a weight other than 0."""
     active = 0
-    for i in tl.static_range(K):
+    for i in range(K):
         active += (tl.load(weights + i * stride) != 0).to(tl.int32)
     return active
 
@@ -181,8 +181,8 @@ def scan_total(row, top, start, end, BLOCK: tl.constexpr):
 def scan_temper(row, start, end, shift, log_total, top, temperature, floor, BLOCK: tl.constexpr):
     """Replace merged log-probabilities by masses at a temperature; temperature 0 leaves the most likely tokens alone.
 
-    A token's log-probability is (merged - shift) - log_total, and the greatest of the row is `top`. Returns the mass and
-    the number of the tokens that have at least the mass `floor`, int64.
+    A token's log-probability is (merged - shift) - log_total, and the greatest of the row is `top`. Returns the mass
+    and the number of the tokens that have at least the mass `floor`, int64.
     """
     sums = tl.zeros([BLOCK], tl.int64)
     counts = tl.zeros([BLOCK], tl.int64)

@@ -3,10 +3,10 @@
 The rules are those of `pcm_fast.sampling`, to the last integer. Two launch shapes give the same answer:
 
 * one program a row, in one launch (`mix_sample_row`), for batches that fill the chip;
-* the vocabulary split over many programs a row, in 6 to 12 launches (`mix_sample_split`, `mix_sample_search`), for the others.
+* the vocabulary split over many programs a row, in 6 to 12 launches (`mix_sample_split`, `mix_sample_search`).
 
-Nothing waits for the host, nothing is sorted, and what is added concurrently are integers, so both can be captured in a CUDA
-graph, and a row's token depends neither on the launch shape nor on what else is in the batch.
+Nothing waits for the host, nothing is sorted, and what is added concurrently are integers, so both can be captured in a
+CUDA graph, and a row's token depends neither on the launch shape nor on what else is in the batch.
 
 The logits come from memory once. Their second and third look (normalisers, merge) find them in L2, of which a row needs
 K * V numbers for one program and a batch B * K * V: 8 MB for 4 experts of 262,144 bfloat16 logits and 4 rows.
@@ -25,7 +25,7 @@ MAX_EXPERTS = 16
 MAX_VOCABULARY = 1 << 20  # sums of masses stay under 2^62
 MAX_SPLITS = LANES.value
 BLOCK = 2048  # tokens that a program looks at together
-WARPS = {"row": 16, "split": 8}
+WARPS = 8
 NO_FUSION = {"enable_fp_fusion": False}  # a fused multiply-add would change the last bit, and so a token
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -103,7 +103,9 @@ def mix_sample(
     columns |= {"sequences": (sequences, torch.int64), "positions": (positions, torch.int64)}
     for name, (column, dtype) in columns.items():
         if column is not None and (column.dtype != dtype or column.shape != (batch,) or not column.is_contiguous()):
-            raise ValueError(f"{name}: expected a contiguous {dtype} [{batch}], got {column.dtype} {list(column.shape)}")
+            raise ValueError(
+                f"{name}: expected a contiguous {dtype} [{batch}], got {column.dtype} {list(column.shape)}"
+            )
     if splits is None:
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         splits = num_splits(batch, vocabulary, processors)
@@ -131,14 +133,14 @@ def mix_sample(
     final = {**by_k, **by_p, **by_min}
     report = {"EXPERT_LOGPROBS": return_expert_logprobs}
     if splits == 1:
-        how = {"BLOCK": block, "num_warps": WARPS["row"], **NO_FUSION}
+        how = {"BLOCK": block, "num_warps": WARPS, **NO_FUSION}
         mix_sample_row[(batch,)](
             *logits, exponent, *limits, *draws, *numbers, *integers, *scratch, *outputs, vocabulary,
             **rule, **final, **report, **how,
         )  # fmt: skip
         return results
 
-    how = {"BLOCK": block, "num_warps": WARPS["split"], **NO_FUSION}
+    how = {"BLOCK": block, "num_warps": WARPS, **NO_FUSION}
     chunk = -(-vocabulary // (splits * block)) * block
     splits = -(-vocabulary // chunk)
     size = (vocabulary, chunk)

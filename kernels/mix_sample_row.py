@@ -4,14 +4,45 @@ import triton
 import triton.language as tl
 
 from .cut import (
-    BUCKETS, COUNT_1, DIGITS, K_COUNT_2, K_COUNT_3, K_MASS_2, K_MASS_3, MASS_1, P_MASS_2, P_MASS_3, ceil_product,
-    clear_histograms, fill_histogram, find_digit, find_token, least_mass, least_worth_counting, most_likely,
-    random_threshold, settle_top_k, settle_top_p, sum_above,
+    BUCKETS,
+    COUNT_1,
+    DIGITS,
+    K_COUNT_2,
+    K_COUNT_3,
+    K_MASS_2,
+    K_MASS_3,
+    MASS_1,
+    P_MASS_2,
+    P_MASS_3,
+    ceil_product,
+    clear_histograms,
+    fill_histogram,
+    find_digit,
+    find_token,
+    least_mass,
+    least_worth_counting,
+    most_likely,
+    random_threshold,
+    settle_top_k,
+    settle_top_p,
+    sum_above,
 )  # fmt: skip
 from .exp_log import log32, total_of
 from .merge import (
-    ALL_EXCLUDED, LINEAR, NOT_A_NUMBER, TERM, WEIGHT, count_active, expert_log_prob, merge_tokens, scan_mass, scan_merge,
-    scan_temper, scan_top, scan_total, store_term,
+    ALL_EXCLUDED,
+    LINEAR,
+    NOT_A_NUMBER,
+    TERM,
+    WEIGHT,
+    count_active,
+    expert_log_prob,
+    merge_tokens,
+    scan_mass,
+    scan_merge,
+    scan_temper,
+    scan_top,
+    scan_total,
+    store_term,
 )  # fmt: skip
 
 
@@ -28,7 +59,7 @@ def report(
     token_out, logprob_out, expert_logprobs, status_out,
     K: tl.constexpr, MERGE: tl.constexpr, EXPERT_LOGPROBS: tl.constexpr,
 ):  # fmt: skip
-    """Write a row's results: its token, log p of it, every log p_i of it, and the status. Without a token: -1 and NaN."""
+    """Write down a row's token, log p and every log p_i of it, and the status. Without a token: -1 and NaN."""
     one = tl.arange(0, 1)
     v = one + token
     well = (status + one) == 0
@@ -120,35 +151,33 @@ def mix_sample_row(
         if wanted:
             fill_histogram(row, 0, V, least, 0, histograms + MASS_1, histograms + COUNT_1, True, 18, TOP_K, BLOCK)
         tl.debug_barrier()
-    if TOP_K:
-        if by_count:
-            prefix, before = find_digit(histograms + COUNT_1, k, BUCKETS)
-            before_mass = sum_above(histograms + MASS_1, prefix, BUCKETS)
-            fill_histogram(
-                row, 0, V, floor, prefix, histograms + K_MASS_2, histograms + K_COUNT_2, False, 9, True, BLOCK
-            )  # fmt: skip
-            tl.debug_barrier()
-            digit, more = find_digit(histograms + K_COUNT_2, k - before, DIGITS)
-            before_mass += sum_above(histograms + K_MASS_2, digit, DIGITS)
-            before += more
-            prefix = (prefix << 9) | digit
-            fill_histogram(
-                row, 0, V, floor, prefix, histograms + K_MASS_3, histograms + K_COUNT_3, False, 0, True, BLOCK
-            )  # fmt: skip
-            tl.debug_barrier()
-            cut, ties, kept = settle_top_k(histograms, prefix, before, before_mass, k, floor, count, kept)
-    if TOP_P:
-        if by_mass:
-            target = tl.maximum(ceil_product(fraction.to(tl.int64, bitcast=True), kept), 1)
-            prefix, before = find_digit(histograms + MASS_1, target, BUCKETS)
-            fill_histogram(row, 0, V, floor, prefix, histograms + P_MASS_2, histograms, False, 9, False, BLOCK)
-            tl.debug_barrier()
-            digit, more = find_digit(histograms + P_MASS_2, target - before, DIGITS)
-            before += more
-            prefix = (prefix << 9) | digit
-            fill_histogram(row, 0, V, floor, prefix, histograms + P_MASS_3, histograms, False, 0, False, BLOCK)
-            tl.debug_barrier()
-            cut, ties, kept = settle_top_p(histograms, prefix, before, target)
+    if TOP_K and by_count:
+        prefix, before = find_digit(histograms + COUNT_1, k, BUCKETS)
+        before_mass = sum_above(histograms + MASS_1, prefix, BUCKETS)
+        fill_histogram(
+            row, 0, V, floor, prefix, histograms + K_MASS_2, histograms + K_COUNT_2, False, 9, True, BLOCK
+        )  # fmt: skip
+        tl.debug_barrier()
+        digit, more = find_digit(histograms + K_COUNT_2, k - before, DIGITS)
+        before_mass += sum_above(histograms + K_MASS_2, digit, DIGITS)
+        before += more
+        prefix = (prefix << 9) | digit
+        fill_histogram(
+            row, 0, V, floor, prefix, histograms + K_MASS_3, histograms + K_COUNT_3, False, 0, True, BLOCK
+        )  # fmt: skip
+        tl.debug_barrier()
+        cut, ties, kept = settle_top_k(histograms, prefix, before, before_mass, k, floor, count, kept)
+    if TOP_P and by_mass:
+        target = tl.maximum(ceil_product(fraction.to(tl.int64, bitcast=True), kept), 1)
+        prefix, before = find_digit(histograms + MASS_1, target, BUCKETS)
+        fill_histogram(row, 0, V, floor, prefix, histograms + P_MASS_2, histograms, False, 9, False, BLOCK)
+        tl.debug_barrier()
+        digit, more = find_digit(histograms + P_MASS_2, target - before, DIGITS)
+        before += more
+        prefix = (prefix << 9) | digit
+        fill_histogram(row, 0, V, floor, prefix, histograms + P_MASS_3, histograms, False, 0, False, BLOCK)
+        tl.debug_barrier()
+        cut, ties, kept = settle_top_p(histograms, prefix, before, target)
     if not draws:
         cut, ties, kept = most_likely()
 

@@ -1,25 +1,58 @@
 """The second half of mix_sample with a split vocabulary: the cuts of top-k and top-p digit by digit, and the draw.
 
-The kernel that fills the histograms of a digit first reads the digit before it out of the histograms that the kernel before it
-has left. Every program of a row does so for itself; the first of them writes it down for the next kernel.
+The kernel that fills the histograms of a digit first reads the digit before it out of the histograms that the kernel
+before it has left. Every program of a row does so for itself; the first of them writes it down for the next kernel.
 """
 
 import triton
 import triton.language as tl
 
 from .cut import (
-    BUCKETS, COUNT_1, DIGITS, K_COUNT_2, K_COUNT_3, K_MASS_2, K_MASS_3, MASS_1, P_MASS_2, P_MASS_3, ceil_product,
-    fill_histogram, find_digit, find_token, kept_mass, least_mass, least_worth_counting, most_likely, random_threshold,
-    scan_kept, settle_top_k, settle_top_p, sum_above,
+    BUCKETS,
+    COUNT_1,
+    DIGITS,
+    K_COUNT_2,
+    K_COUNT_3,
+    K_MASS_2,
+    K_MASS_3,
+    MASS_1,
+    P_MASS_2,
+    P_MASS_3,
+    ceil_product,
+    fill_histogram,
+    find_digit,
+    find_token,
+    kept_mass,
+    least_mass,
+    least_worth_counting,
+    most_likely,
+    random_threshold,
+    scan_kept,
+    settle_top_k,
+    settle_top_p,
+    sum_above,
 )  # fmt: skip
-from .merge import TERM, WEIGHT, count_active
+from .merge import count_active
 from .mix_sample_row import report, status_of
 from .mix_sample_split import (
-    ABOVE, BAD, COUNT, EXPERT_TOP, LANES, MASS, MERGE_BAD, MERGE_TOP, SEARCH, TERMS, TIES, greatest_of, normaliser, sum_of,
+    ABOVE,
+    BAD,
+    COUNT,
+    EXPERT_TOP,
+    LANES,
+    MASS,
+    MERGE_BAD,
+    MERGE_TOP,
+    SEARCH,
+    TERMS,
+    TIES,
+    greatest_of,
+    normaliser,
+    sum_of,
 )  # fmt: skip
 
-# How far a search has come after its first and after its second digit: the prefix, the number (top-k alone) and the mass of
-# the tokens before.
+# How far a search has come after its first and after its second digit: the prefix, the number (top-k alone) and the
+# mass of the tokens before.
 K_FIRST = tl.constexpr(SEARCH.value)
 K_SECOND = tl.constexpr(SEARCH.value + 4)
 P_FIRST = tl.constexpr(SEARCH.value + 8)
@@ -32,8 +65,8 @@ def plan(
 ):  # fmt: skip
     """What is to be done with a row.
 
-    Returns: whether anything is drawn, k (0 if top-k cuts nothing), whether top-p is asked for and its bits, the floor that
-    min-p sets, and the number and the mass of the tokens above that.
+    Returns whether anything is drawn, k (0 if top-k cuts nothing), whether top-p is asked for and its bits, the floor
+    that min-p sets, and the number and the mass of the tokens above that.
     """
     draws = tl.load(temperature + b) != 0
     count = sum_of(integers + COUNT, splits)
@@ -106,11 +139,15 @@ def split_top_k(
             prefix = (tl.load(integers + K_FIRST).to(tl.int32) << 9) | digit
             mass = tl.load(integers + K_FIRST + 2) + sum_above(integers + K_MASS_2, digit, DIGITS)
             note(integers + K_SECOND, prefix, before + more, mass)
-            fill_histogram(row, start, end, floor, prefix, integers + K_MASS_3, integers + K_COUNT_3, False, 0, True, BLOCK)
+            fill_histogram(
+                row, start, end, floor, prefix, integers + K_MASS_3, integers + K_COUNT_3, False, 0, True, BLOCK
+            )
         else:
             prefix, before = find_digit(integers + COUNT_1, k, BUCKETS)
             note(integers + K_FIRST, prefix, before, sum_above(integers + MASS_1, prefix, BUCKETS))
-            fill_histogram(row, start, end, floor, prefix, integers + K_MASS_2, integers + K_COUNT_2, False, 9, True, BLOCK)
+            fill_histogram(
+                row, start, end, floor, prefix, integers + K_MASS_2, integers + K_COUNT_2, False, 9, True, BLOCK
+            )
 
 
 @triton.jit
@@ -119,12 +156,11 @@ def after_top_k(integers, k, floor, count, mass, TOP_K: tl.constexpr):
     cut = floor - 1
     ties = tl.full([], 0, tl.int64)
     kept = mass
-    if TOP_K:
-        if k > 0:
-            prefix = tl.load(integers + K_SECOND).to(tl.int32)
-            before = tl.load(integers + K_SECOND + 1)
-            before_mass = tl.load(integers + K_SECOND + 2)
-            cut, ties, kept = settle_top_k(integers, prefix, before, before_mass, k, floor, count, mass)
+    if TOP_K and k > 0:
+        prefix = tl.load(integers + K_SECOND).to(tl.int32)
+        before = tl.load(integers + K_SECOND + 1)
+        before_mass = tl.load(integers + K_SECOND + 2)
+        cut, ties, kept = settle_top_k(integers, prefix, before, before_mass, k, floor, count, mass)
     return cut, ties, kept
 
 
@@ -143,7 +179,7 @@ def split_top_p(
         b, temperature, top_k, top_p, min_p, integers, tl.num_programs(1), TOP_K, True, MIN_P
     )  # fmt: skip
     if by_mass:
-        _, _, kept = after_top_k(integers, k, floor, count, mass, TOP_K)
+        _cut, _ties, kept = after_top_k(integers, k, floor, count, mass, TOP_K)
         target = tl.maximum(ceil_product(bits, kept), 1)
         if THIRD:
             before = tl.load(integers + P_FIRST + 2)
@@ -166,11 +202,10 @@ def final_cut(
         b, temperature, top_k, top_p, min_p, integers, splits, TOP_K, TOP_P, MIN_P
     )  # fmt: skip
     cut, ties, kept = after_top_k(integers, k, floor, count, mass, TOP_K)
-    if TOP_P:
-        if by_mass:
-            target = tl.maximum(ceil_product(bits, kept), 1)
-            prefix = tl.load(integers + P_SECOND).to(tl.int32)
-            cut, ties, kept = settle_top_p(integers, prefix, tl.load(integers + P_SECOND + 2), target)
+    if TOP_P and by_mass:
+        target = tl.maximum(ceil_product(bits, kept), 1)
+        prefix = tl.load(integers + P_SECOND).to(tl.int32)
+        cut, ties, kept = settle_top_p(integers, prefix, tl.load(integers + P_SECOND + 2), target)
     if not draws:
         cut, ties, kept = most_likely()
     return cut, ties, kept
@@ -228,7 +263,9 @@ def split_draw(
         if tl.load(weights + i * weights_stride_k) != 0:
             excluded |= (greatest_of(numbers + EXPERT_TOP + i * LANES, splits) == float("-inf")).to(tl.int32)
     bad = sum_of(integers + BAD, splits)
-    status_now = status_of(bad, excluded, sum_of(integers + MERGE_BAD, splits), greatest_of(numbers + MERGE_TOP, splits))
+    status_now = status_of(
+        bad, excluded, sum_of(integers + MERGE_BAD, splits), greatest_of(numbers + MERGE_TOP, splits)
+    )
     shift, log_total, _ = normaliser(numbers, integers, splits, MERGE)
     report(
         logits, numbers + TERMS, at, status_now, shift, log_total, stride_k, stride_v, exponent,

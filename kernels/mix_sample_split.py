@@ -1,8 +1,8 @@
 """mix_sample with the vocabulary split over many programs a row: the shape for batches too small to fill the chip.
 
-Each kernel is one pass over the row's tokens, shared out in `SPLITS` equal stretches. A program leaves what it found of its
-stretch (a maximum or a sum of integers) in memory, and every program of the next kernel puts those few numbers together for
-itself: that is cheaper than a barrier between the programs of a row, and needs none of them to be resident at once.
+Each kernel is one pass over the row's tokens, shared out in equal stretches. A program leaves what it found in its
+stretch (a maximum or a sum of integers) in memory, and every program of the next kernel puts those few numbers together
+for itself: that needs no barrier between the programs of a row, nor that all of them are resident at once.
 """
 
 import triton
@@ -11,7 +11,15 @@ import triton.language as tl
 from .cut import HISTOGRAMS, clear_histograms, least_mass
 from .exp_log import log32, total_of
 from .merge import (
-    LINEAR, TERM, count_active, scan_mass, scan_merge, scan_temper, scan_top, scan_total, store_term,
+    LINEAR,
+    TERM,
+    count_active,
+    scan_mass,
+    scan_merge,
+    scan_temper,
+    scan_top,
+    scan_total,
+    store_term,
 )  # fmt: skip
 
 LANES = tl.constexpr(64)  # the most splits of a row
