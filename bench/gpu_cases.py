@@ -5,7 +5,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from pcm_fast.kernels.adapters import expand, shrink
+from pcm_fast.kernels.attention import attention
 from pcm_fast.kernels.mix_sample import Workspace, mix_sample
+from pcm_fast.kernels.store_kv import store_kv
 
 META = torch.device("meta")
 
@@ -43,6 +46,39 @@ def mix_sample_call(
     )
 
 
+def adapter_call(
+    rows: int, adapters: int, size_in: int, size_out: int, rank: int, splits: int, dtype: torch.dtype = torch.bfloat16
+) -> Callable[[], Any]:
+    """A call of shrink and expand, as for one site."""
+    adapter = tensor(rows, dtype=torch.int32)
+
+    def call() -> None:
+        A, B = tensor(adapters, rank, size_in, dtype=dtype), tensor(adapters, size_out, rank, dtype=dtype)
+        parts = shrink(tensor(rows, size_in, dtype=dtype), A, adapter, splits=splits)
+        expand(parts, B, adapter, tensor(rows, size_out, dtype=dtype))
+
+    return call
+
+
+def attention_call(
+    rows: int, heads: int, kv_heads: int, size: int, context: int, splits: int, dtype: torch.dtype = torch.bfloat16
+) -> Callable[[], Any]:
+    """Calls of store_kv and attention, as for one layer; keys lie by slot, as csrc/kv_storage.h has them."""
+    block_size = 16
+    blocks = rows * -(-context // block_size)
+
+    def call() -> None:
+        keys = tensor(blocks, kv_heads, size, block_size, dtype=dtype).transpose(2, 3)
+        values = tensor(blocks, kv_heads, block_size, size, dtype=dtype)
+        new = tensor(rows, kv_heads, size, dtype=dtype)
+        store_kv(new, new, tensor(rows, dtype=torch.int64), keys, values)
+        tables, lengths = tensor(rows, context // block_size, dtype=torch.int32), tensor(rows, dtype=torch.int32)
+        queries = tensor(rows, heads, size, dtype=dtype)
+        attention(queries, keys, values, tables, lengths, scale=size**-0.5, splits=splits)
+
+    return call
+
+
 EVERY_LIMIT = ("top_k", "top_p", "min_p")
 CASES: dict[str, Callable[[], Any]] = {
     "mix_sample, rows, linear, top-p": mix_sample_call(64, 4, 128_256, 1),
@@ -54,4 +90,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "mix_sample, split, power, K=16, all limits": mix_sample_call(
         1, 16, 49_152, 24, "power", EVERY_LIMIT, torch.float32, True
     ),
+    "adapters, 4096, rank 16": adapter_call(32, 4, 4096, 4096, 16, 8),
+    "adapters, 576, rank 64, float32": adapter_call(5, 4, 576, 1536, 64, 2, torch.float32),
+    "attention, 32 heads, 8 of keys, 128": attention_call(32, 32, 8, 128, 4096, 8),
+    "attention, 9 heads, 3 of keys, 64, float32": attention_call(5, 9, 3, 64, 2048, 16, torch.float32),
 }
