@@ -2,6 +2,7 @@
 # make test   the whole test suite
 # make lint   what the code must look like;  make format  makes it so, where a tool can
 # make bench  the benchmarks, and the README's table from their results
+# make gpu-check  the Triton kernels without a GPU: interpreted, compiled for four chips, mutated, counted
 # make sanitize  csrc under AddressSanitizer + UndefinedBehaviorSanitizer, then under ThreadSanitizer
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -11,7 +12,7 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 PYTHON_FILES := pcm_fast kernels tests bench docs setup.py
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint format bench sanitize clean
+.PHONY: demo test lint format bench gpu-check sanitize clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -35,6 +36,9 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/pytest bench
 	$(BIN)/python bench/table.py
+
+gpu-check: $(VENV)/.dev
+	$(BIN)/python bench/gpu_check.py
 
 KV_DRIVER := tests/cpp/kv_cache_driver.cpp csrc/kv_cache.cpp csrc/prefix_index.cpp csrc/kv_storage.cpp
 SANITIZE := -std=c++17 -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -Icsrc -pthread

@@ -63,7 +63,7 @@ def adapter_call(
 def attention_call(
     rows: int, heads: int, kv_heads: int, size: int, context: int, splits: int, dtype: torch.dtype = torch.bfloat16
 ) -> Callable[[], Any]:
-    """Calls of store_kv and attention, as for one layer; keys lie by slot, as csrc/kv_storage.h has them."""
+    """Calls of store_kv and attention, as for one layer, with keys that lie by slot."""
     block_size = 16
     blocks = rows * -(-context // block_size)
 

@@ -1,6 +1,7 @@
 """Compiles every Triton kernel for four generations of GPUs and compares what it takes with results/gpu_resources.json.
 
-    python bench/gpu_resources.py             fails if a kernel spills, uses local memory, or takes more than recorded
+    python bench/gpu_resources.py             fails if a kernel spills, uses local memory, fuses where it must not,
+                                              takes more than recorded, or has lost a barrier
     python bench/gpu_resources.py --update    records anew
 
 No GPU is needed: triton brings its compiler and ptxas. Numbers depend on triton's version, which is recorded with them;
@@ -72,6 +73,7 @@ def resources(launch: Launch, chip: Chip) -> dict[str, float]:
         "warps": warps,
         "occupancy": occupancy(chip, numbers["REG"], shared, warps),
         "fused": len(FUSED.findall(compiled.asm["ptx"])),
+        "barriers": compiled.asm["ttir"].count("barrier"),  # those that the source asks for
     }
 
 
@@ -108,6 +110,7 @@ def breaches(table: dict, recorded: dict | None) -> list[str]:
                 continue
             worse = [what for what in ("registers", "shared") if now[what] > before[what]]
             worse += ["occupancy"] if now["occupancy"] < before["occupancy"] else []
+            worse += ["barriers"] if now["barriers"] != before["barriers"] else []
             found += [f"{where}: {what} was {before[what]}, is {now[what]}" for what in worse]
     return found + [f"{name}: recorded, but gone (--update)" for name in (recorded or {}) if name not in table]
 

@@ -1,11 +1,11 @@
 """LoRA for a batch whose rows have different adapters: y[t] += B[a] A[a] x[t] with a = adapter of row t.
 
 Two launches for each site, whatever the number of adapters. The shrink, A x, is split over the input so that few rows
-still fill the chip; the expand sums the parts in a fixed order and adds the product to what the base layer has left in y.
+still fill the chip; the expand sums the parts in a fixed order and adds the product to what the base layer left in y.
 Nothing is sorted by adapter and no adapter is copied: in a mixture every token goes to every expert, in one order.
 
-Adapters of different ranks are stacked with zeros up to the largest. Sites that read the same input (q, k and v; gate and
-up) shrink together: stack their A along the rank, and let each expand take its columns of the result.
+Adapters of different ranks are stacked with zeros up to the largest. Sites that read the same input (q, k and v; gate
+and up) shrink together: stack their A along the rank, and let each expand take its columns of the result.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Attention of one new token a row over a paged cache, rows of different lengths, grouped heads.
 
 The context of a row is split over programs, each of which serves all query heads of one key/value head, so that keys
-and values are read once; a second launch puts the parts together. How often a context is split is the caller's choice and
-not data: the same launches serve every length, as a CUDA graph needs.
+and values are read once; a second launch puts the parts together. How often a context is split is the caller's choice
+and not data: the same launches serve every length, as a CUDA graph needs.
 """
 
 import torch

@@ -21,7 +21,7 @@ def caches(blocks, heads, block_size, size, dtype, layout):
 
 
 def case(seed, lengths, heads, kv_heads, size, block_size, dtype, layout="by token"):
-    """Queries, caches filled by store_kv, tables with scattered blocks, and the context of every row as it was stored."""
+    """Queries, caches filled by store_kv, scattered block tables, lengths, and every row's context as it was stored."""
     random = torch.Generator().manual_seed(seed)
     rows = len(lengths)
     per_row = -(-max(*lengths, 1) // block_size)
@@ -104,7 +104,7 @@ def test_store_writes_its_slots_and_no_others():
 
 def test_bad_shapes():
     queries, key_cache, value_cache, tables, lengths, _ = case(7, [5], 4, 2, 32, 16, torch.float32)
-    with pytest.raises(ValueError, match="attention: queries .* do not fit"):
+    with pytest.raises(ValueError, match=r"attention: queries .* do not fit"):
         attention(queries[:, :3], key_cache, value_cache, tables, lengths, scale=1.0)
     with pytest.raises(ValueError, match="splits: expected 1 to 64, got 0"):
         attention(queries, key_cache, value_cache, tables, lengths, scale=1.0, splits=0)

@@ -73,6 +73,141 @@ def check_rows(logits, weights, params, out, *, merge="linear", sequence=None, p
                 assert float(out.expert_logprobs[b, i]) == alone[expected[0]]
 
 
+@triton.jit
+def elementwise(x, exps, logs, masses, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    value = tl.load(x + i)
+    tl.store(exps + i, exp_log.exp32(value))
+    tl.store(logs + i, exp_log.log32(-value))
+    tl.store(masses + i, exp_log.mass_of(exp_log.exp32(value)))
+
+
+def test_exp_log_and_masses_have_the_bits_of_the_oracle():
+    rng = np.random.default_rng(1)
+    x = -np.exp(rng.uniform(-90, 90, size=4096)).astype(np.float32)
+    x[:8] = [0, -0.0, -1e-45, -1.2e-38, -87, -87.5, -np.inf, -1]
+    source = torch.tensor(x)
+    exps, logs, masses = (torch.empty(4096) for _ in range(3))
+    elementwise[(1,)](source, exps, logs, masses, 4096)
+    np.testing.assert_array_equal(exps.numpy(), sampling.exp32(x))
+    np.testing.assert_array_equal(logs.numpy(), sampling.log32(-x))
+    np.testing.assert_array_equal(masses.numpy().astype(np.uint64), sampling._masses(sampling.exp32(x)))
+
+
+@triton.jit
+def scalars(bits, mass, seed, sequence, position, products, thresholds, least):
+    i = tl.program_id(0)
+    tl.store(products + i, cut.ceil_product(tl.load(bits + i), tl.load(mass + i)))
+    tl.store(least + i, cut.least_mass(tl.load(bits + i).to(tl.float64, bitcast=True)))
+    threshold = cut.random_threshold(tl.load(seed + i), tl.load(sequence + i), tl.load(position + i), tl.load(mass + i))
+    tl.store(thresholds + i, threshold)
+
+
+def test_integer_arithmetic_is_exact():
+    rng = np.random.default_rng(2)
+    count = 400
+    fractions = rng.random(count) ** rng.choice([1, 4, 30, 300], size=count)
+    fractions[:6] = [0, 5e-324, np.nextafter(1, 0), 0.5, 1e-308, 2.0**-53]
+    mass = rng.integers(1, 2**62, size=count) >> rng.integers(0, 40, size=count)
+    key, sequence, position = (rng.integers(0, 2**64, size=count, dtype=np.uint64) for _ in range(3))
+    key[:2] = sequence[:2] = position[:2] = [0, 2**64 - 1]
+    products, thresholds, least = (torch.empty(count, dtype=torch.int64) for _ in range(3))
+    columns = [torch.tensor(fractions.view(np.int64)), torch.tensor(mass), *map(integers, (key, sequence, position))]
+    scalars[(count,)](*columns, products, thresholds, least)
+    for i in range(count):
+        assert int(products[i]) == ceil(Fraction(fractions[i]) * int(mass[i]))
+        assert int(least[i]) == max(1, ceil(Fraction(fractions[i]) * 2**40))
+        bits = sampling.philox(int(key[i]), int(sequence[i]), int(position[i]))
+        assert int(thresholds[i]) == bits * int(mass[i]) >> 64
+
+
+@triton.jit
+def tokens_at(row, end, ties, tokens, BLOCK: tl.constexpr):
+    i = tl.program_id(0)
+    threshold = tl.full([], 0, tl.int64) + i
+    tl.store(tokens + i, cut.find_token(row, 0, end, tl.full([], 2, tl.int64), tl.load(ties), threshold, BLOCK))
+
+
+@pytest.mark.parametrize("ties", [0, 1, 2, 3, 5, 9])
+def test_the_token_of_every_threshold(ties):
+    """Every mass drawn once: no token gets more or less than its own, at the edges of blocks or elsewhere."""
+    masses = [3, 2, 0, 2, 1, 2, 2, 5, 0, 0, 4, 2, 1]
+    at_cut = [v for v, mass in enumerate(masses) if mass == 2][:ties]
+    drawn = [v for v, mass in enumerate(masses) for _ in range(mass) if mass > 2 or v in at_cut]
+    tokens = torch.empty(len(drawn), dtype=torch.int64)
+    row = torch.tensor(masses, dtype=torch.float32)
+    tokens_at[(len(drawn),)](row, len(masses), torch.tensor([ties]), tokens, 4)
+    assert tokens.tolist() == drawn
+
+
+@pytest.mark.parametrize("splits", SHAPES)
+@pytest.mark.parametrize("vocabulary", [1, 32, 33, 65])
+def test_edges_of_blocks_and_splits(splits, vocabulary):
+    rng = np.random.default_rng(vocabulary)
+    logits = np.round(rng.normal(size=(2, 2, vocabulary))).astype(np.float32)
+    weights = np.float32([[0.25, 0.75], [1, 0]])
+    params = [SamplingParams(top_k=max(1, vocabulary // 2), top_p=0.8, seed=7), SamplingParams(min_p=0.3, seed=8)]
+    check_rows(logits, weights, params, draw(logits, weights, params, splits=splits, block=32))
+
+
+@pytest.mark.parametrize("splits", SHAPES)
+def test_ties_are_kept_in_order_of_their_ids(splits):
+    limits = [{"top_k": k} for k in (1, 7, 43, 45)] + [{"top_p": p} for p in (0.001, 0.4, 0.7)]
+    limits += [{"top_k": 60, "top_p": 0.5}, {"top_k": 100, "top_p": 0.1}, {"min_p": 1.0, "top_p": 0.5}]
+    logits = np.zeros((len(limits), 1, 130), np.float32)
+    logits[:, :, ::3] = 1
+    weights = np.ones((len(limits), 1), np.float32)
+    params = [SamplingParams(seed=b, **limit) for b, limit in enumerate(limits)]
+    check_rows(logits, weights, params, draw(logits, weights, params, splits=splits, block=64))
+
+
+@pytest.mark.parametrize("splits", SHAPES)
+def test_unlikely_tokens_keep_their_probability(splits):
+    """Below 2^-100, where float32 ends, they are merged in log space, and a high temperature brings them back."""
+    logits = np.zeros((8, 2, 40), np.float32)
+    logits[:, :, 1:] = -np.linspace(60, 250, 39)
+    logits[:, 1, 2::3] -= 20
+    weights = np.full((8, 2), 0.5, np.float32)
+    params = [SamplingParams(temperature=60.0, seed=b) for b in range(8)]
+    check_rows(logits, weights, params, draw(logits, weights, params, splits=splits, block=32))
+
+
+@pytest.mark.parametrize("splits", SHAPES)
+def test_a_nucleus_that_reaches_far(splits):
+    logits = np.tile(-np.linspace(0, 20, 100, dtype=np.float32), (6, 1, 1))
+    limits = [{"top_p": 0.9999}, {"top_p": 0.999999}, {"top_k": 60}, {"top_k": 80, "top_p": 0.9999}, {"min_p": 1e-6}]
+    params = [SamplingParams(seed=b, **limit) for b, limit in enumerate([*limits, {"top_p": 0.99}])]
+    weights = np.ones((6, 1), np.float32)
+    check_rows(logits, weights, params, draw(logits, weights, params, splits=splits, block=32))
+
+
+@pytest.mark.parametrize("splits", SHAPES)
+def test_rows_without_a_distribution_are_flagged(splits):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(9, 2, 150)).astype(np.float32)
+    weights = np.full((9, 2), 0.5, np.float32)
+    logits[1, 1, 149] = np.nan
+    logits[2, 0, 3] = np.inf
+    logits[3, 1] = -np.inf
+    logits[4, 0, :75] = logits[4, 1, 75:] = -np.inf  # together they exclude every token
+    logits[5, 1] = np.nan
+    weights[5] = [1, 0]  # not read
+    weights[7:] = [1.5, -0.5]
+    logits[7, 1, 3] = -np.inf  # infinitely likely
+    logits[8, :, 3] = -np.inf  # excluded by the first, whatever the second says
+    params = [SamplingParams(top_k=20, top_p=0.9, seed=b) for b in range(9)]
+    out = draw(logits, weights, params, merge="log_linear", splits=splits, return_expert_logprobs=True)
+    assert out.status.tolist() == [0, 1, 1, 2, 2, 0, 0, 2, 0]
+    for b in range(9):
+        if out.status[b] == 0:
+            expected = sampling.mix_sample(logits[b], weights[b], params[b], merge="log_linear", sequence=b)
+            assert (int(out.tokens[b]), float(out.logprobs[b])) == expected
+        else:
+            assert out.tokens[b] == -1
+            assert out.logprobs[b].isnan()
+            assert out.expert_logprobs[b].isnan().all()
+
+
 @pytest.mark.parametrize("splits", SHAPES)
 @pytest.mark.parametrize("rule", ["linear", "log_linear", "power(-1)", "power(0.5)", "power(2)"])
 def test_equals_the_oracle_on_a_seeded_sweep(rule, splits):
@@ -89,27 +224,6 @@ def test_equals_the_oracle_on_a_seeded_sweep(rule, splits):
             return_expert_logprobs=case % 4 == 0, **place,
         )  # fmt: skip
         check_rows(logits, weights, params, out, merge=rule, **place)
-
-
-@pytest.mark.parametrize("splits", SHAPES)
-@pytest.mark.parametrize("vocabulary", [1, 2, 31, 32, 33, 64, 65])
-def test_edges_of_blocks_and_splits(splits, vocabulary):
-    rng = np.random.default_rng(vocabulary)
-    logits = np.round(rng.normal(size=(2, 2, vocabulary))).astype(np.float32)
-    weights = np.float32([[0.25, 0.75], [1, 0]])
-    params = [SamplingParams(top_k=max(1, vocabulary // 2), top_p=0.8, seed=7), SamplingParams(min_p=0.3, seed=8)]
-    check_rows(logits, weights, params, draw(logits, weights, params, splits=splits, block=32))
-
-
-@pytest.mark.parametrize("splits", SHAPES)
-def test_ties_are_kept_in_order_of_their_ids(splits):
-    logits = np.zeros((40, 2, 500), np.float32)
-    logits[:, :, ::3] = 1
-    weights = np.full((40, 2), 0.5, np.float32)
-    limits = [{"top_k": k} for k in (1, 7, 167, 168)] + [{"top_p": p} for p in (0.001, 0.4, 0.7)]
-    limits.append({"top_k": 100, "top_p": 0.5})
-    params = [SamplingParams(seed=b, **limits[b % len(limits)]) for b in range(40)]
-    check_rows(logits, weights, params, draw(logits, weights, params, splits=splits, block=128))
 
 
 def test_the_largest_vocabulary():
@@ -158,78 +272,6 @@ def test_a_row_depends_neither_on_its_batch_nor_on_the_launch_shape():
             )
             assert alone.tokens[0] == together.tokens[b]
             assert alone.logprobs[0] == together.logprobs[b]
-
-
-@pytest.mark.parametrize("splits", SHAPES)
-def test_rows_without_a_distribution_are_flagged(splits):
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(7, 2, 150)).astype(np.float32)
-    weights = np.full((7, 2), 0.5, np.float32)
-    logits[1, 1, 149] = np.nan
-    logits[2, 0, 3] = np.inf
-    logits[3, 1] = -np.inf
-    logits[4, 0, :75] = logits[4, 1, 75:] = -np.inf  # together they exclude every token
-    logits[5, 1] = np.nan
-    weights[5] = [1, 0]  # not read
-    params = [SamplingParams(top_k=20, top_p=0.9, seed=b) for b in range(7)]
-    out = draw(logits, weights, params, merge="log_linear", splits=splits, return_expert_logprobs=True)
-    assert out.status.tolist() == [0, 1, 1, 2, 2, 0, 0]
-    for b in range(7):
-        if out.status[b] == 0:
-            expected = sampling.mix_sample(logits[b], weights[b], params[b], merge="log_linear", sequence=b)
-            assert (int(out.tokens[b]), float(out.logprobs[b])) == expected
-        else:
-            assert out.tokens[b] == -1
-            assert out.logprobs[b].isnan()
-            assert out.expert_logprobs[b].isnan().all()
-
-
-@triton.jit
-def elementwise(x, exps, logs, masses, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    value = tl.load(x + i)
-    tl.store(exps + i, exp_log.exp32(value))
-    tl.store(logs + i, exp_log.log32(-value))
-    tl.store(masses + i, exp_log.mass_of(exp_log.exp32(value)))
-
-
-def test_exp_log_and_masses_have_the_bits_of_the_oracle():
-    rng = np.random.default_rng(1)
-    x = -np.exp(rng.uniform(-90, 90, size=4096)).astype(np.float32)
-    x[:8] = [0, -0.0, -1e-45, -1.2e-38, -87, -87.5, -np.inf, -1]
-    source = torch.tensor(x)
-    exps, logs, masses = (torch.empty(4096) for _ in range(3))
-    elementwise[(1,)](source, exps, logs, masses, 4096)
-    np.testing.assert_array_equal(exps.numpy(), sampling.exp32(x))
-    np.testing.assert_array_equal(logs.numpy(), sampling.log32(-x))
-    np.testing.assert_array_equal(masses.numpy().astype(np.uint64), sampling._masses(sampling.exp32(x)))
-
-
-@triton.jit
-def scalars(bits, mass, seed, sequence, position, products, thresholds, least):
-    i = tl.program_id(0)
-    tl.store(products + i, cut.ceil_product(tl.load(bits + i), tl.load(mass + i)))
-    tl.store(least + i, cut.least_mass(tl.load(bits + i).to(tl.float64, bitcast=True)))
-    threshold = cut.random_threshold(tl.load(seed + i), tl.load(sequence + i), tl.load(position + i), tl.load(mass + i))
-    tl.store(thresholds + i, threshold)
-
-
-def test_integer_arithmetic_is_exact():
-    rng = np.random.default_rng(2)
-    count = 400
-    fractions = rng.random(count) ** rng.choice([1, 4, 30, 300], size=count)
-    fractions[:6] = [0, 5e-324, np.nextafter(1, 0), 0.5, 1e-308, 2.0**-53]
-    mass = rng.integers(1, 2**62, size=count) >> rng.integers(0, 40, size=count)
-    key, sequence, position = (rng.integers(0, 2**64, size=count, dtype=np.uint64) for _ in range(3))
-    key[:2] = sequence[:2] = position[:2] = [0, 2**64 - 1]
-    products, thresholds, least = (torch.empty(count, dtype=torch.int64) for _ in range(3))
-    columns = [torch.tensor(fractions.view(np.int64)), torch.tensor(mass), *map(integers, (key, sequence, position))]
-    scalars[(count,)](*columns, products, thresholds, least)
-    for i in range(count):
-        assert int(products[i]) == ceil(Fraction(fractions[i]) * int(mass[i]))
-        assert int(least[i]) == max(1, ceil(Fraction(fractions[i]) * 2**40))
-        bits = sampling.philox(int(key[i]), int(sequence[i]), int(position[i]))
-        assert int(thresholds[i]) == bits * int(mass[i]) >> 64
 
 
 def test_the_launch_shape_follows_the_batch():
