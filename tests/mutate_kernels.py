@@ -1,6 +1,6 @@
 """Breaks the Triton kernels one line at a time and expects the tests of tests/test_triton_*.py to notice every time.
 
-    python tests/mutate_kernels.py [part of a description]
+    python tests/mutate_kernels.py [parts of descriptions]
 
 Each mutation is made in a copy of the package, and the tests run on that copy until one fails. A mutation that no test
 notices, or that no longer fits the source, is a failure of this script.
@@ -58,7 +58,7 @@ def start(mutation: Mutation | None, where: Path) -> int:
 
 def main() -> int:
     """Run every mutation, as many at a time as there are cores; 1 if one survives."""
-    wanted = [m for m in OF_MIX_SAMPLE + OF_THE_DECODER if all(word in str(m) for word in sys.argv[1:])]
+    wanted = [m for m in OF_MIX_SAMPLE + OF_THE_DECODER if any(word in str(m) for word in sys.argv[1:] or [""])]
     waiting: list[Mutation | None] = [None, *wanted]  # first the tests on the kernels as they are
     running: dict[int, tuple[Mutation | None, tempfile.TemporaryDirectory[str]]] = {}
     survivors = []

@@ -74,7 +74,7 @@ def test_a_row_does_not_depend_on_the_others():
 
 def test_inputs_and_outputs_may_be_columns_of_wider_rows():
     x, A, B, y, adapter = case(10, 4, 100, 50, 4, 3, torch.float32)
-    wide_x, wide_y = torch.full((4, 300), 9.0), torch.full((4, 90), 7.0)
+    wide_x, wide_y = torch.full((4, 300), torch.nan), torch.full((4, 90), 7.0)
     wide_x[:, 100:200], wide_y[:, 20:70] = x, y
     expand(shrink(wide_x[:, 100:200], A, adapter), B, adapter, wide_y[:, 20:70])
     torch.testing.assert_close(wide_y[:, 20:70].double(), expected(x, A, B, y, adapter), atol=1e-5, rtol=1e-5)

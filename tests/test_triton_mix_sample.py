@@ -172,13 +172,17 @@ def test_unlikely_tokens_keep_their_probability(splits):
     check_rows(logits, weights, params, draw(logits, weights, params, splits=splits, block=32))
 
 
+@pytest.mark.parametrize("span", [20, 0.5, 1e-3])
 @pytest.mark.parametrize("splits", SHAPES)
-def test_a_nucleus_that_reaches_far(splits):
-    logits = np.tile(-np.linspace(0, 20, 100, dtype=np.float32), (6, 1, 1))
-    limits = [{"top_p": 0.9999}, {"top_p": 0.999999}, {"top_k": 60}, {"top_k": 80, "top_p": 0.9999}, {"min_p": 1e-6}]
-    params = [SamplingParams(seed=b, **limit) for b, limit in enumerate([*limits, {"top_p": 0.99}])]
-    weights = np.ones((6, 1), np.float32)
-    check_rows(logits, weights, params, draw(logits, weights, params, splits=splits, block=32))
+def test_cuts_in_every_digit(splits, span):
+    """Tokens that differ in the first, the second and the third digit of their masses. The last one kept is drawn."""
+    logits = np.tile(-np.linspace(0, span, 100, dtype=np.float32), (5, 1, 1))
+    limits = [{"top_p": 0.9999}, {"top_p": 0.71}, {"top_k": 60}, {"top_k": 83, "top_p": 0.6}, {"min_p": 1e-6}]
+    params = [SamplingParams(seed=b, **limit) for b, limit in enumerate(limits)]
+    weights = np.ones((5, 1), np.float32)
+    position = [next(p for p in range(10_000) if sampling.philox(b, b, p) >> 54 == 1023) for b in range(5)]
+    out = draw(logits, weights, params, position=position, splits=splits, block=32)
+    check_rows(logits, weights, params, out, position=position)
 
 
 @pytest.mark.parametrize("splits", SHAPES)

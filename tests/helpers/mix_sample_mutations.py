@@ -62,7 +62,7 @@ OF_MIX_SAMPLE = [
     ),
     Mutation("cut.py", "the tail is cut too high", "(kept - target) // tl", "kept // tl"),
     Mutation("cut.py", "all ties are kept", "tl.minimum(tl.maximum(ties, 0), found)", "found"),
-    Mutation("cut.py", "the block after the token", "(threshold < here)", "(threshold <= here)"),
+    Mutation("cut.py", "the first token is missed", "(threshold >= 0)", "(threshold > 0)"),
     Mutation("cut.py", "the token before", "running <= left", "running < left"),
     Mutation("cut.py", "one tie less in the block", "<= ties_left", "< ties_left"),
     Mutation("cut.py", "wrong counter", "(position >> 32) & low", "(position >> 31) & low"),
@@ -121,6 +121,13 @@ OF_MIX_SAMPLE = [
         "terms of another split",
         "terms = numbers + TERMS + s * (K * TERM)",
         "terms = numbers + TERMS + s * K",
+    ),
+    Mutation("cut.py", "top-k forgets the tokens before the third digit", "top_k - before, DIGITS", "top_k, DIGITS"),
+    Mutation(
+        "cut.py", "top-p forgets the mass before the third digit", "P_MASS_3, target - before", "P_MASS_3, target"
+    ),
+    Mutation(
+        "mix_sample_search.py", "mass before the digit forgotten", "P_MASS_2, target - before", "P_MASS_2, target"
     ),
     Mutation(
         "mix_sample_search.py",
