@@ -188,8 +188,10 @@ class Reader:
             self._mask[row, longest - len(context) :] = 1
         self._cache: Any = None
         accepted = inspect.signature(model.forward).parameters
-        if "past_key_values" not in accepted:
-            raise ValueError(f"{type(model).__name__}: expected a model with a KV cache (past_key_values)")
+        names = [name for name in ("cache", "past_key_values") if name in accepted]  # by the release of transformers
+        if not names:
+            raise ValueError(f"{type(model).__name__}: expected a model with a KV cache (cache or past_key_values)")
+        self._cache_name = names[0]
         # Architectures that know no positions (ALiBi, for one) take none.
         self._positions = "position_ids" in accepted
         self._arguments = {name: value for name, value in arguments.items() if name in accepted}
@@ -203,11 +205,11 @@ class Reader:
         output = self._model(
             input_ids=self._unread,
             attention_mask=self._mask,
-            past_key_values=self._cache,
             use_cache=True,
+            **{self._cache_name: self._cache},
             **arguments,
         )
-        self._cache = output.past_key_values
+        self._cache = output[self._cache_name]
         return output
 
     def append(self, tokens: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 // numbers.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 

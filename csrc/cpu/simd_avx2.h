@@ -97,13 +97,18 @@ static inline Vec load_bf16(const uint16_t* p) {
   const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16))};
 }
-static inline Vec load_int8(const uint8_t* p) {
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+
+struct Words {
+  __m256i v;
+};
+static inline Words load_words(const uint8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+static inline Vec nibble(Words w, int index) {
+  const __m256i shifted = index == 0 ? w.v : _mm256_srli_epi32(w.v, 4 * index);
+  return {_mm256_cvtepi32_ps(index == 7 ? shifted : _mm256_and_si256(shifted, _mm256_set1_epi32(15)))};
 }
-static inline void load_nibbles(const uint8_t* p, Vec* low, Vec* high) {
-  const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  *low = {_mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15)))};
-  *high = {_mm256_cvtepi32_ps(_mm256_srli_epi32(x, 4))};
+static inline Vec signed_byte(Words w, int index) {
+  const __m256i shifted = index == 3 ? w.v : _mm256_slli_epi32(w.v, 24 - 8 * index);
+  return {_mm256_cvtepi32_ps(_mm256_srai_epi32(shifted, 24))};
 }
 
 }  // namespace pcm::PCM_ISA

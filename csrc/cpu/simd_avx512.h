@@ -87,15 +87,19 @@ static inline Vec load_bf16(const uint16_t* p) {
   const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))};
 }
-static inline Vec load_int8(const uint8_t* p) {
-  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
-}
+
+struct Words {
+  __m512i v;
+};
+static inline Words load_words(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 // A permutation looks at the low four bits of its indices alone: a table of 0 to 15 turns nibbles into floats.
-static inline void load_nibbles(const uint8_t* p, Vec* low, Vec* high) {
+static inline Vec nibble(Words w, int index) {
   const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  *low = {_mm512_permutexvar_ps(x, table)};
-  *high = {_mm512_permutexvar_ps(_mm512_srli_epi32(x, 4), table)};
+  return {_mm512_permutexvar_ps(index == 0 ? w.v : _mm512_srli_epi32(w.v, 4 * index), table)};
+}
+static inline Vec signed_byte(Words w, int index) {
+  const __m512i shifted = index == 3 ? w.v : _mm512_slli_epi32(w.v, 24 - 8 * index);
+  return {_mm512_cvtepi32_ps(_mm512_srai_epi32(shifted, 24))};
 }
 
 }  // namespace pcm::PCM_ISA

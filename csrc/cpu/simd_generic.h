@@ -104,11 +104,19 @@ static inline Vec load_f16(const uint16_t* p) {
   return x;
 }
 static inline Vec load_bf16(const uint16_t* p) { return {from_bits(static_cast<int32_t>(uint32_t{*p} << 16))}; }
-static inline Vec load_int8(const uint8_t* p) { return {static_cast<float>(static_cast<int8_t>(*p))}; }
-// The low and the high nibbles of kLanes bytes.
-static inline void load_nibbles(const uint8_t* p, Vec* low, Vec* high) {
-  *low = {static_cast<float>(*p & 15)};
-  *high = {static_cast<float>(*p >> 4)};
+
+// Words of 32 bits, one a lane: 8 nibbles (unsigned) or 4 signed bytes each, the lowest bits first.
+struct Words {
+  uint32_t v;
+};
+static inline Words load_words(const uint8_t* p) {
+  Words w;
+  std::memcpy(&w.v, p, 4);
+  return w;
+}
+static inline Vec nibble(Words w, int index) { return {static_cast<float>(w.v >> (4 * index) & 15)}; }
+static inline Vec signed_byte(Words w, int index) {
+  return {static_cast<float>(static_cast<int8_t>(w.v >> (8 * index)))};
 }
 
 }  // namespace pcm::PCM_ISA

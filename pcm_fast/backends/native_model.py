@@ -75,6 +75,10 @@ class NativeModel:
         """Bytes of the packed weights and adapters."""
         return self._decoder.num_bytes
 
+    def profile(self) -> dict[str, float]:
+        """Seconds spent in each part of the decoder so far."""
+        return self._decoder.profile()
+
     def adapter_index(self, adapter: Adapter | None) -> int:
         """The number of an adapter among the decoder's; -1 for none."""
         return -1 if adapter is None else self._adapters[id(adapter)]
