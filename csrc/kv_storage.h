@@ -18,6 +18,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "arena.h"
+
 namespace pcm {
 
 enum class KvDtype { kFloat32, kBFloat16 };
@@ -35,9 +37,6 @@ class KvStorage {
  public:
   // Throws std::invalid_argument for sizes that are not positive, std::bad_alloc if the address space is refused.
   explicit KvStorage(const KvStorageShape& shape);
-  ~KvStorage();
-  KvStorage(const KvStorage&) = delete;
-  KvStorage& operator=(const KvStorage&) = delete;
 
   const KvStorageShape& shape() const { return shape_; }
   size_t item_bytes() const { return shape_.dtype == KvDtype::kFloat32 ? 4 : 2; }
@@ -50,9 +49,9 @@ class KvStorage {
   size_t block_stride() const { return 2 * value_stride(); }
   size_t layer_stride() const { return shape_.num_blocks * block_stride(); }
 
-  void* data() { return data_; }
-  const void* data() const { return data_; }
-  void* layer(int32_t index) { return static_cast<char*>(data_) + index * layer_stride() * item_bytes(); }
+  void* data() { return pages_.data(); }
+  const void* data() const { return pages_.data(); }
+  void* layer(int32_t index) { return static_cast<char*>(data()) + index * layer_stride() * item_bytes(); }
   const void* layer(int32_t index) const { return const_cast<KvStorage*>(this)->layer(index); }
 
   // The functions below trust their arguments (they run once a layer and a row); the Python bindings check them.
@@ -71,7 +70,7 @@ class KvStorage {
 
  private:
   KvStorageShape shape_;
-  void* data_;
+  Pages pages_;
 };
 
 }  // namespace pcm
