@@ -111,10 +111,8 @@ void KvStorage::read(int32_t index, const int32_t* block_table, int32_t start, i
 
 void KvStorage::copy_block(int32_t src, int32_t dst) {
   const size_t bytes = block_stride() * item_bytes();
-  for (int32_t index = 0; index < shape_.num_layers; ++index) {
-    char* base = static_cast<char*>(layer(index));
-    std::memcpy(base + dst * bytes, base + src * bytes, bytes);
-  }
+  auto* base = static_cast<char*>(data());
+  std::memcpy(base + dst * bytes, base + src * bytes, bytes);
 }
 
 }  // namespace pcm

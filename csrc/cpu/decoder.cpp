@@ -235,7 +235,7 @@ void Decoder::look_ahead(const DecoderBatch& batch, int layer, const KvStorage& 
     }
   };
   const char* base = static_cast<const char*>(kv.layer(layer));
-  const size_t block_bytes = kv.block_stride() * kv.item_bytes();
+  const size_t block_bytes = kv.block_stride() * kv.item_bytes(), layer_bytes = kv.layer_stride() * kv.item_bytes();
   for (int i = 0; i < batch.count; ++i) {
     for (int s = kQ; s <= kO && batch.adapters[i] >= 0; ++s) {
       const LoraSite& site = adapters[batch.adapters[i]]->sites[layer * kSites + s];
@@ -244,7 +244,7 @@ void Decoder::look_ahead(const DecoderBatch& batch, int layer, const KvStorage& 
     const int end = batch.positions[i] + 1, window = shape_.windows[layer];
     const int first = window > 0 ? std::max(0, end - window) / kKvBlock : 0;
     const int32_t* table = batch.block_tables + batch.rows[i] * batch.blocks_per_row;
-    for (int block = first; block * kKvBlock < end; ++block) add(base + table[block] * block_bytes, block_bytes);
+    for (int block = first; block * kKvBlock < end; ++block) add(base + table[block] * block_bytes, layer_bytes);
   }
 }
 
