@@ -41,28 +41,44 @@ static inline void clear(Vec (*sums)[kVecs]) {
 static inline Vec load_weights(const float* p) { return load(p); }
 static inline Vec load_weights(const uint16_t* p) { return load_bf16(p); }
 
-// float32 or bfloat16: [in][kPanel].
+// How far ahead of their use weights are asked for, in bytes.
+constexpr int kPrefetch = 2048;
+
+// float32 or bfloat16: [in][kPanel]. Memory is what this waits for, so it goes through the panel once, from beginning
+// to end, and keeps the sums of one strip of outputs in memory while it works on the other.
 template <class Item, int kRows>
 static void panel_plain(const Item* panel, int in, const LinearInput& input, float* out, int64_t out_stride) {
   constexpr int kVecs = vecs_for(kRows);
-  for (int start = 0; start < kPanel; start += kVecs * kLanes) {
-    Vec sums[kRows][kVecs];
-    clear<kRows>(sums);
-    const Item* p = panel + start;
-    for (int k = 0; k < in; ++k, p += kPanel) {
-      Vec w[kVecs];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) w[v] = load_weights(p + v * kLanes);
-      add_outer<kRows>(input.x + k, input.stride, w, sums);
+  for (int k = 0; k < in; k += kGroup) {
+    const int count = in - k < kGroup ? in - k : kGroup;
+    const Item* group = panel + static_cast<int64_t>(k) * kPanel;
+    for (int i = 0; i < count * kPanel; i += 64 / static_cast<int>(sizeof(Item))) {
+      __builtin_prefetch(group + kPrefetch / sizeof(Item) * 4 + i);
     }
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVecs; ++v) store(out + r * out_stride + start + v * kLanes, sums[r][v]);
+    for (int start = 0; start < kPanel; start += kVecs * kLanes) {
+      Vec sums[kRows][kVecs];
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) {
+          sums[r][v] = k == 0 ? set1(0.0f) : load(out + r * out_stride + start + v * kLanes);
+        }
+      }
+      const Item* p = group + start;
+      for (int i = 0; i < count; ++i, p += kPanel) {
+        Vec w[kVecs];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) w[v] = load_weights(p + v * kLanes);
+        add_outer<kRows>(input.x + k + i, input.stride, w, sums);
+      }
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) store(out + r * out_stride + start + v * kLanes, sums[r][v]);
+      }
     }
   }
 }
-
-// How far ahead of their use weights are asked for, in bytes.
-constexpr int kPrefetch = 2048;
 
 // A group of a block format, see packed_linear.h: weight = scale * code + least.
 template <Format kFormat>
