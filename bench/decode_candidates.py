@@ -1,0 +1,163 @@
+"""The candidates of bench_decode.py by name, and the files that they read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import decode_llama
+from decode_batch import EXPERTS_EACH, ConcurrentRequests
+from decode_burst import Candidate
+from decode_mixture import ALL_SITES, ATTENTION, MixtureFiles, Prompts, write_mixture
+from decode_native import MixtureDecoder, weight_formats
+from decode_peft import PeftDecoder, PlainForward
+
+from pcm_fast.checkpoint import ModelConfig
+from pcm_fast.loader import EMBEDDED_MODEL, embedded_path, load_checkpoint
+
+EXPERTS = 4  # and a PCM: the mixture of the headline
+EXPERTS_IN_BATCH = 6
+
+OURS = "pcm-fast, GGUF weights"
+OURS_LARGE = f"{OURS}, {ALL_SITES.name}"
+OURS_ALONE = f"{OURS}, 1 expert, no PCM"
+OURS_FLOAT32, OURS_BFLOAT16 = "pcm-fast, float32 weights", "pcm-fast, bfloat16 weights"
+REFERENCE = "reference decoder"
+PEFT_IN_TURN, PEFT_MIXED = "PEFT, adapters in turn", "PEFT, mixed batch"
+LLAMA = "llama.cpp, one model, same GGUF"
+LLAMA_FLOAT32, LLAMA_BFLOAT16, LLAMA_8_BITS = (f"llama.cpp, one model, {kind}" for kind in ("F32", "BF16", "Q8_0"))
+FORWARD = "transformers, one forward of all prompts"
+SAME_WEIGHTS = {
+    "pcm-fast, 8-bit weights": LLAMA_8_BITS,
+    OURS_FLOAT32: LLAMA_FLOAT32,
+    OURS_BFLOAT16: LLAMA_BFLOAT16,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    context: int
+    turns: int
+    tokens: int  # of a burst
+    slow_tokens: int  # of a burst of a decoder that takes a tenth of a second a token or more
+    expert_turns: int
+    expert_counts: tuple[int, ...]
+    reference_counts: tuple[int, ...]
+    batch_turns: int
+    batch_sizes: tuple[int, ...]
+    batch_tokens: int
+    cold_rounds: int
+    all_memory: bool  # the peak memory of every candidate, or of the first alone
+
+
+FULL = Plan(256, 7, 28, 6, 5, tuple(range(1, 9)), (1, 4, 8), 3, (1, 2, 4, 8, 16, 32), 16, 5, True)
+QUICK = Plan(32, 1, 3, 2, 1, (1, 8), (1,), 1, (1, 32), 2, 1, False)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The files of a run, and the candidates on them."""
+
+    directory: Path
+    plan: Plan
+
+    def prepare(self) -> None:
+        """Write the files."""
+        write_mixture(self._small.directory, ATTENTION)
+        write_mixture(self._large.directory, ALL_SITES)
+        if decode_llama.installed():
+            for kind in ("F32", "BF16", "Q8_0"):
+                decode_llama.requantised(embedded_path(), self._gguf(kind), kind)
+
+    def headline(self) -> list[Candidate]:
+        """All decoders of 4 experts and a PCM, and one model in llama.cpp."""
+        ours = [
+            Candidate(f"pcm-fast, {name}", partial(self._native, self._small, EXPERTS, **keywords))
+            for name, keywords in weight_formats().items()
+        ]
+        return [
+            *ours,
+            Candidate(OURS_LARGE, partial(self._native, self._large, EXPERTS)),
+            Candidate(OURS_ALONE, partial(self._native, self._small, 1, with_pcm=False)),
+            Candidate(REFERENCE, partial(self._reference, EXPERTS)),
+            Candidate(PEFT_IN_TURN, partial(self._peft, mixed=False)),
+            Candidate(PEFT_MIXED, partial(self._peft, mixed=True)),
+            *self.llama(),
+        ]
+
+    def llama(self) -> list[Candidate]:
+        """One model in llama.cpp in four formats; none where it is not installed."""
+        if not decode_llama.installed():
+            return []
+        files = {
+            LLAMA: embedded_path(),
+            LLAMA_FLOAT32: self._gguf("F32"),
+            LLAMA_BFLOAT16: self._gguf("BF16"),
+            LLAMA_8_BITS: self._gguf("Q8_0"),
+        }
+        return [Candidate(name, partial(self._llama, path)) for name, path in files.items()]
+
+    def forward(self) -> Candidate:
+        """What prefill is held against."""
+        spec = self._small.spec(EXPERTS)
+        return Candidate(FORWARD, partial(PlainForward, spec, self._prompts, rows=EXPERTS + 1))
+
+    def by_experts(self, counts: Sequence[int], reference_counts: Sequence[int]) -> list[Candidate]:
+        """Ours and the reference with K experts and a PCM, and one model in llama.cpp."""
+        return [
+            *(Candidate(expert_name(OURS, count), partial(self._native, self._small, count)) for count in counts),
+            *(Candidate(expert_name(REFERENCE, count), partial(self._reference, count)) for count in reference_counts),
+            *self.llama()[:1],
+        ]
+
+    def concurrent(self) -> ConcurrentRequests:
+        """Many requests at once, each with some of the experts."""
+        spec = self._small.spec(EXPERTS_IN_BATCH)
+        return ConcurrentRequests(spec, self._prompts, self.plan.batch_sizes, self.plan.batch_tokens)
+
+    def one_request(self) -> MixtureDecoder:
+        """The reference with one such request."""
+        spec = self._small.spec(EXPERTS_IN_BATCH)
+        active = spec.expert_names[:EXPERTS_EACH]
+        return MixtureDecoder(spec, self._prompts, self.plan.slow_tokens, active, backend="reference")
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        config = load_checkpoint(EMBEDDED_MODEL).config
+        assert config is not None
+        return config
+
+    @cached_property
+    def _prompts(self) -> Prompts:
+        return Prompts(self.plan.context)
+
+    @property
+    def _small(self) -> MixtureFiles:
+        return MixtureFiles(self.directory / "small")
+
+    @property
+    def _large(self) -> MixtureFiles:
+        return MixtureFiles(self.directory / "large")
+
+    def _gguf(self, kind: str) -> Path:
+        return self.directory / f"{kind}.gguf"
+
+    def _native(self, files: MixtureFiles, count: int, with_pcm: bool = True, **keywords: str) -> MixtureDecoder:
+        spec = files.spec(count, with_pcm)
+        return MixtureDecoder(spec, self._prompts, self.plan.tokens, backend="native", **keywords)
+
+    def _reference(self, count: int) -> MixtureDecoder:
+        return MixtureDecoder(self._small.spec(count), self._prompts, self.plan.slow_tokens, backend="reference")
+
+    def _llama(self, path: Path) -> decode_llama.LlamaDecoder:
+        return decode_llama.LlamaDecoder(path, self.config, self._prompts, self.plan.tokens)
+
+    def _peft(self, mixed: bool) -> PeftDecoder:
+        return PeftDecoder(self._small.spec(EXPERTS), self._small, self._prompts, self.plan.slow_tokens, mixed)
+
+
+def expert_name(decoder: str, count: int) -> str:
+    """The name of a candidate with so many experts."""
+    return f"{decoder}, K = {count}"
