@@ -18,7 +18,7 @@ from typing import Any
 import decode_llama
 from decode_burst import Decoder, interleave
 from decode_candidates import EXPERTS, FULL, QUICK, Plan, Workspace
-from decode_mixture import ATTENTION, THREADS, TOP_P
+from decode_mixture import ATTENTION, TOP_P
 from decode_plot import draw
 from decode_process import cold_start, imports_torch, memory_in_child, memory_of
 from decode_report import Measurements, batch_rows, candidate_rows, expert_rows, part_rows, target_rows
@@ -32,7 +32,7 @@ RESULT, PLOT = ROOT / "bench" / "results" / "decode.json", ROOT / "docs" / "deco
 def measure(workspace: Workspace, quick: bool) -> Measurements:
     """The whole run."""
     plan = workspace.plan
-    measured = Measurements((read_bandwidth(THREADS), peak_flops(THREADS)))
+    measured = Measurements((read_bandwidth(plan.threads), peak_flops(plan.threads)))
     candidates = workspace.headline()
     decoders: dict[str, Decoder] = {}
     for candidate in [*candidates, workspace.forward()]:
@@ -71,7 +71,7 @@ def report(measured: Measurements, plan: Plan) -> dict[str, Any]:
     return {
         "name": "Decoding",
         "conditions": {
-            **conditions(THREADS),
+            **conditions(plan.threads),
             **(decode_llama.conditions() if decode_llama.installed() else {"llama-cpp-python": "not installed"}),
             "base": "SmolLM2-135M-Instruct",
             "experts": f"random LoRA adapters rounded to bfloat16, {ATTENTION.name} unless said otherwise",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from decode_mixture import THREADS, Prompts
+from decode_mixture import Prompts
 from decode_native import DRAW
 
 from pcm_fast.model import MixtureModel
@@ -26,9 +26,9 @@ class Request:
 class ConcurrentRequests:
     """Requests with different experts on one native model."""
 
-    def __init__(self, spec: ModelSpec, prompts: Prompts, sizes: Sequence[int], tokens: int) -> None:
+    def __init__(self, spec: ModelSpec, prompts: Prompts, sizes: Sequence[int], tokens: int, threads: int) -> None:
         """Batches of these sizes, `tokens` steps in each."""
-        self._model = MixtureModel(spec, backend="native", num_threads=THREADS)
+        self._model = MixtureModel(spec, backend="native", num_threads=threads)
         self._choices = list(itertools.combinations(spec.expert_names, EXPERTS_EACH))
         self._prompts, self._sizes, self._tokens = prompts, sorted(sizes, reverse=True), tokens
 

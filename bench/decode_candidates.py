@@ -14,6 +14,7 @@ from decode_peft import PeftDecoder, PlainForward
 
 from pcm_fast.checkpoint import ModelConfig
 from pcm_fast.loader import EMBEDDED_MODEL, embedded_path, load_checkpoint
+from pcm_fast.spec import ModelSpec
 
 EXPERTS = 4  # and a PCM: the mixture of the headline
 EXPERTS_IN_BATCH = 6
@@ -38,6 +39,7 @@ SAME_WEIGHTS = {
 class Plan:
     """How much is measured."""
 
+    threads: int
     context: int
     turns: int
     tokens: int  # of a burst
@@ -52,8 +54,9 @@ class Plan:
     all_memory: bool  # the peak memory of every candidate, or of the first alone
 
 
-FULL = Plan(256, 7, 28, 6, 5, tuple(range(1, 9)), (1, 4, 8), 3, (1, 2, 4, 8, 16, 32), 16, 5, True)
-QUICK = Plan(32, 1, 3, 2, 1, (1, 8), (1,), 1, (1, 32), 2, 1, False)
+FULL = Plan(2, 256, 7, 28, 6, 5, tuple(range(1, 9)), (1, 4, 8), 3, (1, 2, 4, 8, 16, 32), 16, 5, True)
+# One thread: two that wait for each other crawl where the cores are busy, as they are under pytest -n 2.
+QUICK = Plan(1, 32, 1, 3, 2, 1, (1, 8), (1,), 1, (1, 32), 2, 1, False)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Workspace:
     def forward(self) -> Candidate:
         """What prefill is held against."""
         spec = self._small.spec(EXPERTS)
-        return Candidate(FORWARD, partial(PlainForward, spec, self._prompts, rows=EXPERTS + 1))
+        return Candidate(FORWARD, partial(PlainForward, spec, self._prompts, self.plan.threads, rows=EXPERTS + 1))
 
     def by_experts(self, counts: Sequence[int], reference_counts: Sequence[int]) -> list[Candidate]:
         """Ours and the reference with K experts and a PCM, and one model in llama.cpp."""
@@ -115,13 +118,12 @@ class Workspace:
     def concurrent(self) -> ConcurrentRequests:
         """Many requests at once, each with some of the experts."""
         spec = self._small.spec(EXPERTS_IN_BATCH)
-        return ConcurrentRequests(spec, self._prompts, self.plan.batch_sizes, self.plan.batch_tokens)
+        return ConcurrentRequests(spec, self._prompts, self.plan.batch_sizes, self.plan.batch_tokens, self.plan.threads)
 
     def one_request(self) -> MixtureDecoder:
         """The reference with one such request."""
         spec = self._small.spec(EXPERTS_IN_BATCH)
-        active = spec.expert_names[:EXPERTS_EACH]
-        return MixtureDecoder(spec, self._prompts, self.plan.slow_tokens, active, backend="reference")
+        return self._mixture(spec, self.plan.slow_tokens, spec.expert_names[:EXPERTS_EACH], backend="reference")
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -145,17 +147,22 @@ class Workspace:
         return self.directory / f"{kind}.gguf"
 
     def _native(self, files: MixtureFiles, count: int, with_pcm: bool = True, **keywords: str) -> MixtureDecoder:
-        spec = files.spec(count, with_pcm)
-        return MixtureDecoder(spec, self._prompts, self.plan.tokens, backend="native", **keywords)
+        return self._mixture(files.spec(count, with_pcm), self.plan.tokens, backend="native", **keywords)
 
     def _reference(self, count: int) -> MixtureDecoder:
-        return MixtureDecoder(self._small.spec(count), self._prompts, self.plan.slow_tokens, backend="reference")
+        return self._mixture(self._small.spec(count), self.plan.slow_tokens, backend="reference")
+
+    def _mixture(
+        self, spec: ModelSpec, tokens: int, active: Sequence[str] | None = None, **keywords: str
+    ) -> MixtureDecoder:
+        return MixtureDecoder(spec, self._prompts, tokens, active, num_threads=self.plan.threads, **keywords)
 
     def _llama(self, path: Path) -> decode_llama.LlamaDecoder:
-        return decode_llama.LlamaDecoder(path, self.config, self._prompts, self.plan.tokens)
+        return decode_llama.LlamaDecoder(path, self.config, self._prompts, self.plan.tokens, self.plan.threads)
 
     def _peft(self, mixed: bool) -> PeftDecoder:
-        return PeftDecoder(self._small.spec(EXPERTS), self._small, self._prompts, self.plan.slow_tokens, mixed)
+        spec, plan = self._small.spec(EXPERTS), self.plan
+        return PeftDecoder(spec, self._small, self._prompts, plan.slow_tokens, plan.threads, mixed)
 
 
 def expert_name(decoder: str, count: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from decode_burst import Burst
-from decode_mixture import THREADS, Prompts
+from decode_mixture import Prompts
 from decode_traffic import FLOAT16, Traffic
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, quants
 
@@ -35,7 +35,7 @@ def conditions() -> dict[str, object]:
 class LlamaDecoder:
     """One GGUF file in llama.cpp, called through its C interface: reading a token and getting the logits, no draw."""
 
-    def __init__(self, path: Path, config: ModelConfig, prompts: Prompts, new_tokens: int) -> None:
+    def __init__(self, path: Path, config: ModelConfig, prompts: Prompts, new_tokens: int, threads: int) -> None:
         import llama_cpp
 
         self._api, self._vocabulary = llama_cpp, config.vocab_size
@@ -48,7 +48,7 @@ class LlamaDecoder:
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx = prompts.length + ROOM
-        settings.n_threads = settings.n_threads_batch = THREADS
+        settings.n_threads = settings.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(self._model, settings)
         if not self._model or not self._context:
             raise RuntimeError(f"llama.cpp cannot load {path}")

@@ -19,7 +19,6 @@ from pcm_fast.pcm import LearnedPCM
 from pcm_fast.pcm_file import save_pcm
 from pcm_fast.spec import ModelSpec
 
-THREADS = 2
 TOP_P = 0.9
 NUM_EXPERTS = 8  # written; a mixture takes the first K of them
 TEXT = Path(__file__).parents[1] / "LICENSE"

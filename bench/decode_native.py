@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from decode_burst import Burst
-from decode_mixture import THREADS, TOP_P, Prompts
+from decode_mixture import TOP_P, Prompts
 from decode_traffic import Traffic
 
 from pcm_fast.model import MixtureModel
@@ -19,7 +19,7 @@ BLOCK = 16  # positions in a block of the KV cache
 
 
 class MixtureDecoder:
-    """A MixtureModel, timed token by token."""
+    """A MixtureModel, timed token by token; `model` are keywords of it."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class MixtureDecoder:
         active: Sequence[str] | None = None,
         **model: Any,
     ) -> None:
-        self.model = MixtureModel(spec, num_threads=THREADS, **model)
+        self.model = MixtureModel(spec, **model)
         self._prompts, self._new_tokens, self._active = prompts, new_tokens, active
         assert spec.checkpoint.config is not None
         traffic = Traffic(spec.checkpoint.config)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from composition import composition
 from decode_burst import Burst
-from decode_mixture import THREADS, TOP_P, MixtureFiles, Prompts
+from decode_mixture import TOP_P, MixtureFiles, Prompts
 from decode_traffic import FLOAT32, Traffic
 from peft import PeftModel
 from transformers import DynamicCache
@@ -22,13 +22,15 @@ PCM = "pcm"
 class PeftDecoder:
     """A PEFT model with all adapters, own KV caches, and the usual composition in torch after it."""
 
-    def __init__(self, spec: ModelSpec, files: MixtureFiles, prompts: Prompts, new_tokens: int, mixed: bool) -> None:
+    def __init__(
+        self, spec: ModelSpec, files: MixtureFiles, prompts: Prompts, new_tokens: int, threads: int, mixed: bool
+    ) -> None:
         """mixed: one batch with an adapter for each row; otherwise one forward for each adapter."""
         pcm = spec.pcm
         assert isinstance(pcm, LearnedPCM)
         assert pcm.adapter is not None
         assert spec.checkpoint.config is not None
-        self._prompts, self._new_tokens, self._mixed = prompts, new_tokens, mixed
+        self._prompts, self._new_tokens, self._threads, self._mixed = prompts, new_tokens, threads, mixed
         self._names = list(spec.expert_names)
         directories = {**files.experts(len(self._names)), PCM: files.pcm}
         self._model = peft_model(spec, directories)
@@ -46,7 +48,7 @@ class PeftDecoder:
 
     @torch.inference_mode()
     def run(self, turn: int) -> Burst:
-        torch.set_num_threads(THREADS)
+        torch.set_num_threads(self._threads)
         read = self._read_mixed if self._mixed else self._read_in_turn
         caches: dict[str, DynamicCache] = {}
         unread = torch.tensor([self._prompts.prompt(turn)])
@@ -87,9 +89,9 @@ class PeftDecoder:
 class PlainForward:
     """One float32 forward of the plain base over a batch of prompts: what prefill is held against."""
 
-    def __init__(self, spec: ModelSpec, prompts: Prompts, rows: int) -> None:
+    def __init__(self, spec: ModelSpec, prompts: Prompts, threads: int, rows: int) -> None:
         self._model = build_model(spec.checkpoint)
-        self._prompts, self._rows = prompts, rows
+        self._prompts, self._threads, self._rows = prompts, threads, rows
         assert spec.checkpoint.config is not None
         traffic = Traffic(spec.checkpoint.config)
         self.step_bytes, self.stored_bytes = traffic.one_forward_each(1, 0), 0
@@ -97,7 +99,7 @@ class PlainForward:
 
     @torch.inference_mode()
     def run(self, turn: int) -> Burst:
-        torch.set_num_threads(THREADS)
+        torch.set_num_threads(self._threads)
         ids = torch.tensor([self._prompts.prompt(turn)]).expand(self._rows, -1)
         start = time.perf_counter()
         self._model(ids, logits_to_keep=1)
