@@ -28,7 +28,8 @@ def conditions() -> dict[str, object]:
     import llama_cpp
 
     system = llama_cpp.llama_print_system_info().decode()
-    flags = [part.split("=")[0].strip() for part in system.replace("CPU :", "|").split("|") if part.strip()[-2:] == "1"]
+    parts = [part.strip() for part in system.replace("CPU :", "|").split("|")]
+    flags = [part.partition(" =")[0] for part in parts if part.endswith("= 1")]
     return {"llama-cpp-python": version("llama-cpp-python"), "llama.cpp built with": " ".join(flags) or system}
 
 

@@ -1,5 +1,6 @@
 """The same experts and PCM in PEFT, on transformers in float32: adapters set in turn, or mixed in one batch."""
 
+import inspect
 import time
 from itertools import pairwise
 from typing import Any
@@ -34,6 +35,8 @@ class PeftDecoder:
         self._names = list(spec.expert_names)
         directories = {**files.experts(len(self._names)), PCM: files.pcm}
         self._model = peft_model(spec, directories)
+        accepted = inspect.signature(self._model.base_model.model.forward).parameters
+        self._cache_name = "cache" if "cache" in accepted else "past_key_values"  # by the release of transformers
         self._head = torch.from_numpy(pcm.weight), torch.from_numpy(pcm.bias)
         self._generator = torch.Generator().manual_seed(0)
         traffic = Traffic(spec.checkpoint.config)
@@ -66,11 +69,10 @@ class PeftDecoder:
         logits = []
         for name in self._names:
             self._model.set_adapter(name)
-            cache = caches.setdefault(name, DynamicCache())
-            logits.append(self._model(unread, past_key_values=cache, logits_to_keep=1).logits[:, -1])
+            logits.append(self._model(unread, logits_to_keep=1, **self._cache(caches, name)).logits[:, -1])
         self._model.set_adapter(PCM)
         body = self._model.base_model.model.model  # without the head
-        hidden = body(unread, past_key_values=caches.setdefault(PCM, DynamicCache())).last_hidden_state[:, -1]
+        hidden = body(unread, **self._cache(caches, PCM)).last_hidden_state[:, -1]
         return torch.stack(logits, dim=1), hidden
 
     def _read_mixed(self, unread: torch.Tensor, caches: dict[str, DynamicCache]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,12 +80,16 @@ class PeftDecoder:
         names = [*self._names, PCM]
         output = self._model(
             unread.expand(len(names), -1),
-            past_key_values=caches.setdefault("", DynamicCache()),
             logits_to_keep=1,
             output_hidden_states=True,
             adapter_names=names,
+            **self._cache(caches, ""),
         )
         return output.logits[None, :-1, -1], output.hidden_states[-1][-1:, -1]
+
+    def _cache(self, caches: dict[str, DynamicCache], name: str) -> dict[str, DynamicCache]:
+        """The cache of this name, made if need be, as a keyword of the model."""
+        return {self._cache_name: caches.setdefault(name, DynamicCache())}
 
 
 class PlainForward:
