@@ -49,8 +49,8 @@ def measure(workspace: Workspace, quick: bool) -> Measurements:
         arguments = ["--memory-of", candidate.name, "--directory", str(workspace.directory)]
         measured.memory[candidate.name] = memory_in_child(Path(__file__), *arguments, *(["--quick"] if quick else []))
     say("cold start")
-    measured.cold = cold_start(plan.cold_rounds)
     measured.torch_imported = imports_torch()
+    measured.cold = cold_start(plan.cold_rounds)
     return measured
 
 

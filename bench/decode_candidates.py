@@ -56,7 +56,7 @@ class Plan:
 
 FULL = Plan(2, 256, 7, 28, 6, 5, tuple(range(1, 9)), (1, 4, 8), 3, (1, 2, 4, 8, 16, 32), 16, 5, True)
 # One thread: two that wait for each other crawl where the cores are busy, as they are under pytest -n 2.
-QUICK = Plan(1, 32, 1, 3, 2, 1, (1, 8), (1,), 1, (1, 32), 2, 1, False)
+QUICK = Plan(1, 16, 1, 3, 2, 1, (1, 8), (), 1, (1, 4), 2, 1, False)
 
 
 @dataclass(frozen=True)

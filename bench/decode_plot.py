@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 
 OURS, REFERENCE, FLOOR = "#c0392b", "#7f8c8d", "#2c6fbb"
 PARTS = plt.get_cmap("tab20").colors
@@ -33,23 +34,22 @@ def draw(result: Mapping[str, Any], target: Path) -> None:
 
 def by_experts(axis: Axes, rows: list[dict[str, Any]]) -> None:
     """Milliseconds a token against K."""
-    names = list(dict.fromkeys(row["decoder"] for row in rows))
-    for name in names:
+    for name in dict.fromkeys(row["decoder"] for row in rows):
         mine = [row for row in rows if row["decoder"] == name]
+        costs = [row["ms a token"] for row in mine]
         if mine[0]["experts"] is None:
-            axis.axhline(mine[0]["ms a token"], color=FLOOR, linestyle="--")
-            axis.text(8, mine[0]["ms a token"], name, color=FLOOR, ha="right", va="bottom", fontsize=8)
+            axis.axhline(costs[0], color=FLOOR, linestyle="--", label=name)
             continue
+        below = [row["ms a token"] - row["lowest"] for row in mine]
+        above = [row["highest"] - row["ms a token"] for row in mine]
         colour = OURS if name.startswith("pcm-fast") else REFERENCE
-        x, y = [row["experts"] for row in mine], [row["ms a token"] for row in mine]
-        spread = [
-            [row["ms a token"] - row["lowest"] for row in mine],
-            [row["highest"] - row["ms a token"] for row in mine],
-        ]
-        axis.errorbar(x, y, spread, marker="o", markersize=4, color=colour, capsize=2)
-        axis.annotate(name, (x[0], y[0]), (4, 8), textcoords="offset points", color=colour, fontsize=9)
+        counts = [row["experts"] for row in mine]
+        axis.errorbar(counts, costs, [below, above], marker="o", markersize=4, color=colour, capsize=2, label=name)
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.legend(fontsize=8, frameon=False)
     axis.set(xlabel="experts (and a PCM)", ylabel="ms a token", title="Cost against the number of experts")
 
 

@@ -64,20 +64,20 @@ def candidate_rows(measured: Measurements) -> list[Row]:
 def _candidate(measured: Measurements, name: str) -> Row:
     bandwidth, peak_flops = measured.limits
     bursts = measured.headline[name]
-    step = Spread.of(steps(bursts))
+    step, seconds = _milliseconds(bursts), statistics.median(steps(bursts))
     faster = ratio(steps(measured.headline[REFERENCE]), steps(bursts))
     same = measured.headline.get(SAME_WEIGHTS.get(name, LLAMA if name.startswith(OURS) else ""))
     num_bytes, flops = measured.work[name]
     memory = measured.memory.get(name)
     return {
         "decoder": name,
-        "ms a token": step.median * MILLI,
-        "lowest and highest turn": Spread.of([value * MILLI for value in steps(bursts)]).range(),
-        "tokens/s": 1 / step.median,
+        "ms a token": step.median,
+        "lowest and highest turn": step.range(),
+        "tokens/s": 1 / seconds,
         "times faster than the reference": faster.median,
         "steps of llama.cpp on the same weights": ratio(steps(bursts), steps(same)).median if same else None,
-        "share of the read bandwidth": num_bytes / bandwidth / step.median,
-        "share of the float32 peak": flops / peak_flops / step.median,
+        "share of the read bandwidth": num_bytes / bandwidth / seconds,
+        "share of the float32 peak": flops / peak_flops / seconds,
         "peak memory (MB)": memory["peak"] / MEGABYTE if memory else None,
         "ms to the first token": statistics.median(burst.first for burst in bursts) * MILLI,
     }
@@ -184,15 +184,23 @@ def part_rows(measured: Measurements) -> list[Row]:
     for name, bursts in measured.headline.items():
         parts = {part: statistics.median(burst.parts[part] for burst in bursts) * MILLI for part in bursts[0].parts}
         if parts:
+            parts["merge, draw and the rest"] = max(0.0, _milliseconds(bursts).median - sum(parts.values()))
             rows.append({"decoder": name, "parts (ms)": parts})
     return rows
 
 
 def _cost(name: str, bursts: list[Burst]) -> Row:
-    step = Spread.of([value * MILLI for value in steps(bursts)])
+    step = _milliseconds(bursts)
     decoder, _, count = name.partition(", K = ")
-    return {"decoder": decoder, "experts": int(count) if count else None, "ms a token": step.median, **_range(step)}
+    return {
+        "decoder": decoder,
+        "experts": int(count) if count else None,
+        "ms a token": step.median,
+        "lowest": step.lowest,
+        "highest": step.highest,
+    }
 
 
-def _range(step: Spread) -> Row:
-    return {"lowest": step.lowest, "highest": step.highest}
+def _milliseconds(bursts: list[Burst]) -> Spread:
+    """A token of every turn."""
+    return Spread.of([value * MILLI for value in steps(bursts)])
