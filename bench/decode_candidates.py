@@ -25,8 +25,8 @@ OURS_ALONE = f"{OURS}, 1 expert, no PCM"
 OURS_FLOAT32, OURS_BFLOAT16 = "pcm-fast, float32 weights", "pcm-fast, bfloat16 weights"
 REFERENCE = "reference decoder"
 PEFT_IN_TURN, PEFT_MIXED = "PEFT, adapters in turn", "PEFT, mixed batch"
-LLAMA = "llama.cpp, one model, same GGUF"
-LLAMA_FLOAT32, LLAMA_BFLOAT16, LLAMA_8_BITS = (f"llama.cpp, one model, {kind}" for kind in ("F32", "BF16", "Q8_0"))
+LLAMA, LLAMA_KIND = "llama.cpp, one model, same GGUF", "llama.cpp, one model, {}"
+LLAMA_FLOAT32, LLAMA_BFLOAT16, LLAMA_8_BITS = map(LLAMA_KIND.format, ("F32", "BF16", "Q8_0"))
 FORWARD = "transformers, one forward of all prompts"
 SAME_WEIGHTS = {
     "pcm-fast, 8-bit weights": LLAMA_8_BITS,
@@ -35,7 +35,7 @@ SAME_WEIGHTS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """How much is measured."""
 
@@ -52,11 +52,42 @@ class Plan:
     batch_tokens: int
     cold_rounds: int
     all_memory: bool  # the peak memory of every candidate, or of the first alone
+    gguf_kinds: tuple[str, ...]  # formats in which llama.cpp is given the base too, beside its own
 
 
-FULL = Plan(2, 256, 7, 28, 6, 5, tuple(range(1, 9)), (1, 4, 8), 3, (1, 2, 4, 8, 16, 32), 16, 5, True)
+FULL = Plan(
+    threads=2,
+    context=256,
+    turns=7,
+    tokens=28,
+    slow_tokens=6,
+    expert_turns=5,
+    expert_counts=tuple(range(1, 9)),
+    reference_counts=(1, 4, 8),
+    batch_turns=3,
+    batch_sizes=(1, 2, 4, 8, 16, 32),
+    batch_tokens=16,
+    cold_rounds=5,
+    all_memory=True,
+    gguf_kinds=("F32", "BF16", "Q8_0"),
+)
 # One thread: two that wait for each other crawl where the cores are busy, as they are under pytest -n 2.
-QUICK = Plan(1, 16, 1, 3, 2, 1, (1, 8), (), 1, (1, 4), 2, 1, False)
+QUICK = Plan(
+    threads=1,
+    context=16,
+    turns=1,
+    tokens=3,
+    slow_tokens=2,
+    expert_turns=1,
+    expert_counts=(1, 8),
+    reference_counts=(),
+    batch_turns=1,
+    batch_sizes=(1, 4),
+    batch_tokens=2,
+    cold_rounds=1,
+    all_memory=False,
+    gguf_kinds=(),
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +102,7 @@ class Workspace:
         write_mixture(self._small.directory, ATTENTION)
         write_mixture(self._large.directory, ALL_SITES)
         if decode_llama.installed():
-            for kind in ("F32", "BF16", "Q8_0"):
+            for kind in self.plan.gguf_kinds:
                 decode_llama.requantised(embedded_path(), self._gguf(kind), kind)
 
     def headline(self) -> list[Candidate]:
@@ -91,14 +122,12 @@ class Workspace:
         ]
 
     def llama(self) -> list[Candidate]:
-        """One model in llama.cpp in four formats; none where it is not installed."""
+        """One model in llama.cpp, in each of the formats; none where it is not installed."""
         if not decode_llama.installed():
             return []
         files = {
             LLAMA: embedded_path(),
-            LLAMA_FLOAT32: self._gguf("F32"),
-            LLAMA_BFLOAT16: self._gguf("BF16"),
-            LLAMA_8_BITS: self._gguf("Q8_0"),
+            **{LLAMA_KIND.format(kind): self._gguf(kind) for kind in self.plan.gguf_kinds},
         }
         return [Candidate(name, partial(self._llama, path)) for name, path in files.items()]
 

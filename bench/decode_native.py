@@ -37,7 +37,8 @@ class MixtureDecoder:
         pcms = int(isinstance(spec.pcm, LearnedPCM))
         rows = experts + pcms
         self.flops = traffic.step_flops(experts, rows, prompts.length, spec.experts[0].adapter)
-        self._generate([prompts.prompt(0)[:BLOCK]], 2)  # packs the weights, builds the models
+        # Packs the weights, builds the models; with a prompt that no turn has.
+        self._generate([prompts.prompt(-1)[:BLOCK]], 2)
         if self.model.backend == "reference":
             weights, self.stored_bytes = traffic.one_forward_each(experts, pcms), 0
         else:
