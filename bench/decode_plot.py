@@ -76,7 +76,7 @@ def by_parts(axis: Axes, rows: list[dict[str, Any]]) -> None:
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     labels = [row["decoder"].removeprefix("pcm-fast, ").replace(", ", ",\n") for row in rows]
     axis.set_xticks(places, labels, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
-    axis.legend(fontsize=8, frameon=False, reverse=True)
+    axis.legend(fontsize=8, frameon=False, reverse=True, loc="upper left", bbox_to_anchor=(1, 1))
     axis.set(ylabel="ms a token", title="Parts of a step")
 
 
