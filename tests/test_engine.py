@@ -19,6 +19,7 @@ from pcm_fast.pcm import CallablePCM, FixedPCM, LearnedPCM, NamedPCM
 from pcm_fast.spec import ModelSpec
 
 NAMES = ("base", "one", "two")
+LONG = 100  # the number from which on requests have short prompts and long answers
 
 
 def ids_of(seed, length):
@@ -93,6 +94,8 @@ def request_of(number, learned=True):
     if learned:
         options["pcm_input_ids"] = ids_of(100 + number % 3, rng.choice([2, 20]))
         options["pcm_interval"] = rng.choice([1, 1, 3])
+    if number >= LONG:
+        options |= {"input_ids": ids_of(number, 5), "max_new_tokens": 45, "eos_token_id": []}
     return options
 
 
@@ -154,14 +157,14 @@ def alone(learned):
     [
         (2, {"max_batch": 16}, "reused_tokens"),
         (3, {"max_batch": 3, "prefill_chunk": 5}, "steps"),
-        (1, {"kv_blocks": 30, "prefill_chunk": 16}, "preemptions"),
-        (2, {"kv_blocks": 26}, "preemptions"),
+        (1, {"kv_blocks": 45, "prefill_chunk": 16}, "preemptions"),
+        (2, {"kv_blocks": 34}, "preemptions"),
     ],
 )
 def test_tokens_do_not_depend_on_company_threads_preemption_or_reuse(learned, alone, threads, settings, seen):
     model = MixtureModel(learned.spec, backend="native", num_threads=threads)
     engine = model.engine(**settings)
-    numbers = [*range(16), *range(16)]
+    numbers = [*range(12), *range(LONG, LONG + 6)] * 2
     request_ids = [engine.add_request(**request_of(number), expert_logprobs=True) for number in numbers]
     for number, output in zip(numbers, finish(engine, *request_ids), strict=True):
         assert_same(output, alone(number))
@@ -233,7 +236,7 @@ def test_pcm_interval_is_that_of_the_reference(learned, checkpoint, experts, int
 
     def turning(context):
         asked.append(context.step)
-        return [1 + context.step, 2, len(context.generated[0]) % 3]
+        return [1 + context.step, 2, 1 + len(context.generated[0]) % 3]
 
     called = MixtureModel(ModelSpec(checkpoint, experts, CallablePCM(turning)), backend="native")
     for model, own in [(learned, {"pcm_input_ids": ids_of(4, 7)}), (called, {})]:
@@ -374,8 +377,8 @@ class RefusedError(Exception):
 
 
 def test_a_request_that_fails_takes_nothing_with_it(checkpoint, experts):
-    nan = AdapterSite(np.full((1, 64), np.nan, np.float32), np.ones((64, 1), np.float32), 1.0)
-    broken = Adapter(None, {"model.layers.1.self_attn.q_proj": nan}, identity="broken")
+    nan = AdapterSite(np.full((1, 96), np.nan, np.float32), np.ones((64, 1), np.float32), 1.0)
+    broken = Adapter(None, {"model.layers.1.mlp.down_proj": nan}, identity="broken")
 
     def weights(context):
         if context.step == 3 and context.preference.text == "refuse":
@@ -428,7 +431,7 @@ def test_a_request_that_fails_takes_nothing_with_it(checkpoint, experts):
 
 def test_a_step_that_fails_fails_all_and_leaves_the_engine_usable(learned, alone, monkeypatch):
     engine = learned.engine()
-    doomed = engine.add_request(**request_of(1))
+    doomed = engine.add_request(**{**request_of(1), "max_new_tokens": 20, "eos_token_id": []})
     engine.step()
 
     def run(plan):
@@ -589,18 +592,18 @@ def test_keys_and_values_in_bfloat16(learned):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_anything_may_happen_in_any_order(learned, alone, seed):
-    """Requests come and go at random; whoever finishes has the tokens it has alone, and nothing is left behind."""
+    """Requests come and go at random; all that finish have the tokens they have alone, and nothing is left behind."""
     rng = random.Random(seed)
     engine = learned.engine(
         max_batch=rng.choice([1, 3, 8]),
-        kv_blocks=rng.choice([27, 40, 200]),
+        kv_blocks=rng.choice([34, 45, 200]),
         prefill_chunk=rng.choice([1, 16, 100]),
     )
     live, finished = {}, 0
-    for _ in range(150):
+    for _ in range(200):
         action = rng.random()
         if action < 0.2 and len(live) < 12:
-            number = rng.randrange(24)
+            number = rng.randrange(24) if rng.random() < 0.6 else rng.randrange(LONG, LONG + 8)
             live[engine.add_request(**request_of(number), expert_logprobs=True)] = number
         elif action < 0.25 and live:
             request_id = rng.choice(list(live))
@@ -616,7 +619,7 @@ def test_anything_may_happen_in_any_order(learned, alone, seed):
                 cache.check()
     for request_id, output in zip(live, finish(engine, *live), strict=True):
         assert_same(output, alone(live[request_id]))
-    assert finished > 3
+    assert finished + len(live) > 5
     assert_all_free(engine)
 
 
