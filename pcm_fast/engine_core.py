@@ -8,7 +8,6 @@ from collections.abc import Iterable
 import numpy as np
 
 from pcm_fast import python_draw
-from pcm_fast.pcm import CallablePCM
 from pcm_fast.runner import Runner
 from pcm_fast.scheduler import Scheduler
 from pcm_fast.sequence import Sequence, TokenOutput
@@ -70,7 +69,9 @@ class EngineCore:
                 continue
             token, logprob, expert_logprobs, stopped = tokens[s], logprobs[s], results.expert_logprobs[s, :count], False
             if submission.static_weights is None:
-                sequence.weights = results.weights[s, :count].copy()
+                sequence.weights = results.weights[s, :count]  # which the next step may overwrite
+                if sequence.keeps_weights:
+                    sequence.weights = sequence.weights.copy()
             try:
                 if submission.draws_in_python:
                     drawn = python_draw.draw(sequence, results.logits[s], self._runner.num_threads)
@@ -91,11 +92,9 @@ class EngineCore:
     def _ask_callables(self, plan: StepPlan) -> list[TokenOutput]:
         """Have callable PCMs weigh the experts of those that draw; returns what came of requests that failed."""
         failures = []
-        for sequence in plan.draws:
+        for sequence in plan.callables:
             submission, mixture = sequence.submission, sequence.submission.request.mixture
-            if submission.finished or not isinstance(mixture.pcm, CallablePCM):
-                continue
-            if not sequence.asks_pcm or sequence.weighed == len(sequence.tokens):
+            if submission.finished or not sequence.asks_pcm or sequence.weighed == len(sequence.tokens):
                 continue
             prompt, answer = submission.request.batch.rows[sequence.index], np.array(sequence.tokens, dtype=np.int64)
             try:

@@ -48,11 +48,11 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """The next step, its slots reserved; None if there is nothing to do."""
-        last, self._last = self._last, None
-        full = len(self.running) >= self._max_batch
-        if last is not None and (full or not self.waiting) and self._extend(last):
+        last, full = self._last, len(self.running) >= self._max_batch
+        if last is not None and (full or not self.waiting) and (last.ahead > 0 or self._extend(last)):
             last.repeat()
             return last
+        self._settle()
         if self.waiting and not full:
             self._admit()
         self._reserve()
@@ -60,6 +60,9 @@ class Scheduler:
 
     def commit(self, plan: StepPlan) -> None:
         """What a plan says has been read."""
+        if plan is self._last:
+            plan.lag += 1  # a repeated step is written down later, together with others
+            return
         for reading in plan.readings:
             cache, tokens = self._runner.caches[reading.model], reading.tokens
             for row, start, count in reading.spans:
@@ -68,20 +71,42 @@ class Scheduler:
         if plan.steady:
             self._last = plan
 
-    # --- Room for the next tokens of those that run.
+    # --- Steps that repeat.
 
     def _extend(self, plan: StepPlan) -> bool:
-        """One more slot for every row of a steady plan; False if there is no room, and then some rows may have one."""
+        """Room for some more steps of a steady plan, to the end of a block where one begins; False if there is none."""
+        self._write_down(plan)
         for reading in plan.readings:
+            cache = self._runner.caches[reading.model]
+            rows = [row for row, _, _ in reading.spans if row.reserved == row.read]
+            counts = [cache.block_size - row.reserved % cache.block_size for row in rows]
             try:
-                copies = self._runner.caches[reading.model].append_slots(reading.handles, reading.ones)
+                copies = cache.append_slots([row.slot for row in rows], counts)
             except OutOfBlocks:
                 return False
-            for row, _, _ in reading.spans:
-                row.reserved += 1
+            for row, count in zip(rows, counts, strict=True):
+                row.reserved += count
             if copies:
                 self._runner.copy_blocks(reading.model, copies)
+        plan.ahead = min(row.reserved - row.read for reading in plan.readings for row, _, _ in reading.spans)
         return True
+
+    def _write_down(self, plan: StepPlan) -> None:
+        """Commit what was read in repeated steps."""
+        for reading, owners in zip(plan.readings, plan.owners if plan.lag else (), strict=False):
+            cache = self._runner.caches[reading.model]
+            for (row, _, _), owner in zip(reading.spans, owners, strict=True):
+                cache.commit(row.slot, plan.draws[owner].slice(row, row.read, row.read + plan.lag))
+                row.read += plan.lag
+        plan.lag = 0
+
+    def _settle(self) -> None:
+        """No more repetitions: what runs, or what it has read, is about to change."""
+        if self._last is not None:
+            self._write_down(self._last)
+            self._last = None
+
+    # --- Room for the next tokens of those that run.
 
     def _reserve(self) -> None:
         """Slots for all that the running sequences read next; the youngest give way if there are not enough."""
@@ -120,7 +145,7 @@ class Scheduler:
                 return
             leader = sequence.leader
             if leader is not None and leader in self.running:
-                if any(row.reserved != row.read for row in leader.rows):
+                if any(row.read < len(row.context) for row in leader.rows):
                     continue  # it reads the prompt for both
             else:
                 leader = None
@@ -152,7 +177,10 @@ class Scheduler:
         for i, row in enumerate(sequence.rows):
             cache = self._runner.caches[row.reader.model]
             if leader is not None:  # all of the prompt less its last token, which leads to the first draw
-                row.slot = cache.fork(leader.rows[i].slot)
+                shared = leader.rows[i]
+                cache.truncate(shared.slot, shared.read)
+                shared.reserved = shared.read
+                row.slot = cache.fork(shared.slot)
                 cache.truncate(row.slot, len(row.context) - 1)
             else:
                 row.slot = cache.create_row(row.reader.namespace, row.text)
@@ -163,7 +191,7 @@ class Scheduler:
                 self._runner.copy_blocks(row.reader.model, copies)
 
     def _free(self, sequence: Sequence) -> None:
-        self._last = None
+        self._settle()
         for row in sequence.rows:
             if row.slot >= 0:
                 self._runner.caches[row.reader.model].free(row.slot)

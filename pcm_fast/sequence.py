@@ -97,6 +97,7 @@ class Sequence:
         outputs: the same with everything known about it.
         finished: whether no more tokens follow.
         rows: the experts' rows, and that of the PCM if there is one.
+        keeps_weights: whether weights hold for more than one token.
     """
 
     submission: Submission
@@ -112,9 +113,11 @@ class Sequence:
     outputs: list[TokenOutput] = field(default_factory=list)
     finished: bool = False
     rows: tuple[Row, ...] = ()
+    keeps_weights: bool = False
 
     def __post_init__(self) -> None:
         self.rows = self.experts if self.pcm is None else (*self.experts, self.pcm)
+        self.keeps_weights = self.submission.request.options.pcm_interval > 1
 
     @property
     def asks_pcm(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pcm_fast.pcm import CallablePCM
 from pcm_fast.sequence import Row, Sequence
 
 Int32 = npt.NDArray[np.int32]
@@ -21,7 +22,6 @@ class Reading:
         tokens, slots, positions, adapters: [n] int32; slots are rows of the block tables of the model's cache.
         wanted: [m] int32, the entries whose hidden states lead to a draw.
         spans: the rows that read, with the first entry and the number of entries of each.
-        handles, ones: [rows] int32, the slots once each, and as many ones.
     """
 
     def __init__(self, model: int) -> None:
@@ -50,8 +50,6 @@ class Reading:
             np.array(values, dtype=np.int32)
             for values in (self._tokens, self._slots, self._positions, self._adapters, self._wanted)
         )
-        self.handles = np.array([row.slot for row, _, _ in self.spans], dtype=np.int32)
-        self.ones = np.ones(len(self.spans), dtype=np.int32)
 
 
 class StepPlan:
@@ -63,6 +61,10 @@ class StepPlan:
         states: for each of them, (index of the reading, index among its wanted) of the hidden state of each of its
             experts, and last of the PCM if its weights are taken anew.
         steady: whether the next step is this one again, a token later, as long as the same sequences run.
+        owners: of a steady plan, for each reading the index among the draws of each span's sequence, [rows] int32.
+        ahead: how often it can be repeated before its rows need more slots.
+        lag: how often it was repeated since the KV cache was told what its rows have read.
+        callables: the sequences that draw under weights of a callable PCM.
         prepared: what the runner keeps with it.
     """
 
@@ -71,9 +73,11 @@ class StepPlan:
         self.draws: list[Sequence] = []
         self.states: list[list[tuple[int, int]]] = []
         self.steady = True
+        self.owners: list[Int32] = []
+        self.ahead = self.lag = 0
+        self.callables: list[Sequence] = []
         self.prepared: Any = None
         self._index: dict[int, int] = {}
-        self._owners: list[Int32] = []
 
     def read(self, sequence: Sequence, rows: Items[Row], counts: Items[int], draws: bool) -> None:
         """Let rows of a sequence read their next tokens, and let it draw if they are then read to the end."""
@@ -103,15 +107,19 @@ class StepPlan:
         self.steady = self.steady and all(
             sequence.submission.request.options.pcm_interval == 1 or sequence.pcm is None for sequence in self.draws
         )
+        self.callables = [
+            sequence for sequence in self.draws if isinstance(sequence.submission.request.mixture.pcm, CallablePCM)
+        ]
         if self.steady:
             owner = {id(row): i for i, sequence in enumerate(self.draws) for row in sequence.rows}
-            self._owners = [
+            self.owners = [
                 np.array([owner[id(row)] for row, _, _ in reading.spans], dtype=np.int32) for reading in self.readings
             ]
 
     def repeat(self) -> None:
         """A steady plan becomes that of the next step."""
+        self.ahead -= 1
         last = np.array([sequence.tokens[-1] for sequence in self.draws], dtype=np.int32)
-        for reading, owners in zip(self.readings, self._owners, strict=True):
+        for reading, owners in zip(self.readings, self.owners, strict=True):
             last.take(owners, out=reading.tokens)
             reading.positions += 1
