@@ -93,9 +93,10 @@ class Decoder:
                 # 1. Every expert reads on in its own context.
                 expert_log_p = torch.stack([reader.read().logits[:, -1].float().log_softmax(-1) for reader in experts])
 
-                # 2. The weights [B, K] for this token.
-                hidden = pcm[0].read().last_hidden_state[:, -1].float().numpy() if pcm else None
-                weights = mixture.step_weights(request.batch.rows, list(generated), hidden)
+                # 2. The weights [B, K] for this token; with pcm_interval > 1 those of an earlier token may still hold.
+                if step % options.pcm_interval == 0:
+                    hidden = pcm[0].read().last_hidden_state[:, -1].float().numpy() if pcm else None
+                    weights = mixture.step_weights(request.batch.rows, list(generated), hidden)
 
                 # 3. The merge.
                 log_p = merge(expert_log_p, torch.from_numpy(weights[:, running]), mixture.rule)
@@ -210,12 +211,13 @@ class Reader:
             **arguments,
         )
         self._cache = output[self._cache_name]
+        self._unread = self._unread[:, :0]
         return output
 
     def append(self, tokens: torch.Tensor) -> None:
-        """One more token [B] for each row, to be read next."""
-        self._unread = tokens[:, None]
-        self._mask = torch.cat([self._mask, torch.ones_like(self._unread)], dim=1)
+        """One more token [B] for each row, to be read at the next ``read``."""
+        self._unread = torch.cat([self._unread, tokens[:, None]], dim=1)
+        self._mask = torch.cat([self._mask, torch.ones_like(tokens[:, None])], dim=1)
 
 
 def merge(expert_log_p: torch.Tensor, weights: torch.Tensor, rule: MergeRule) -> torch.Tensor:

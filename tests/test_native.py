@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from pcm_fast import MixtureModel, _native, reference
-from pcm_fast.backends.native import reason_against
+from pcm_fast.adapter import Adapter, AdapterSite
 from pcm_fast.backends.native_model import inverse_frequencies
+from pcm_fast.backends.native_models import reason_against
 from pcm_fast.checkpoint import StoredTensor
 from pcm_fast.experts import Expert
 from pcm_fast.loader import load_checkpoint
@@ -237,16 +238,28 @@ def test_rotary_frequencies_are_those_of_transformers(family, tiny_models):
     np.testing.assert_allclose(inverse_frequencies(checkpoint.config), expected, rtol=1e-6)
 
 
-def test_what_it_does_not_run_is_said(tiny_models, make_tiny_model, tmp_path, caplog):
+def test_what_it_does_not_run_is_said(tiny_models, caplog):
     checkpoint = load_checkpoint(tiny_models["llama"])
-    whole = Expert("whole", None, None, checkpoint)
-    spec = ModelSpec(checkpoint, (whole,), load_pcm("uniform", ["whole"], checkpoint))
-    assert reason_against(spec) == "an expert with weights of its own"
-    with pytest.raises(ValueError, match="backend: the native backend does not run an expert with weights of its own"):
-        MixtureModel(spec, backend="native")
+    base = Expert("base", None, None, None)
+    odd = dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, intermediate_size=100))
+    unknown = dataclasses.replace(checkpoint, config=None, family_reason="the architecture 'gpt2'")
+    short = dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, vocab_size=300))
+    embedding = Adapter(
+        None, {"model.embed_tokens": AdapterSite(np.ones((1, 4), np.float32), np.ones((4, 1), np.float32), 1.0)}
+    )
+    for expert, reason in [
+        (Expert("own", None, None, odd), "intermediate_size 100 is no multiple of 16 (expert 'own')"),
+        (Expert("own", None, None, unknown), "the architecture 'gpt2' (expert 'own')"),
+        (Expert("own", None, None, short), "a vocabulary of 300 tokens (expert 'own')"),
+        (Expert("own", embedding, None, None), "an adapter on model.embed_tokens"),
+    ]:
+        spec = ModelSpec(checkpoint, (base, expert), load_pcm("uniform", ["base", "own"], checkpoint))
+        assert reason_against(spec) == reason
+        with pytest.raises(ValueError, match=r"backend: the native backend does not run .*; use backend='reference'"):
+            MixtureModel(spec, backend="native")
     assert MixtureModel(spec).backend == "reference"
     assert "running on the slow reference backend" in caplog.text
-    plain = ModelSpec(checkpoint, (Expert("base", None, None, None),), load_pcm("uniform", ["base"], checkpoint))
+    plain = ModelSpec(checkpoint, (base,), load_pcm("uniform", ["base"], checkpoint))
     assert MixtureModel(plain).backend == "native"
     with pytest.raises(ValueError, match="weights: expected a GGUF file for 'gguf'"):
         MixtureModel(plain, weights="gguf").generate([[3, 4]], max_new_tokens=1)
