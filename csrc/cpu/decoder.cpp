@@ -17,6 +17,9 @@ int rows_together(int in) { return std::clamp(kInputBytes / 4 / in / 12 * 12, 12
 
 bool has_groups(Format format) { return format != Format::kFloat32 && format != Format::kBFloat16; }
 
+// Which of the two forms of the inputs a format wants: for nibbles or for bytes.
+int codes_of(Format format) { return format == Format::kQ8_0 ? 1 : 0; }
+
 const float* data_or_null(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
 
 }  // namespace
@@ -54,10 +57,10 @@ void Decoder::reserve(int count, int longest) {
   grow(gates_, n * shape_.intermediate);
   sums_stride_ = (widest + kGroup - 1) / kGroup;
   grow(sums_, n * sums_stride_);
-  grow(scaled_, n * widest);
-  if (int8_activations) {
-    grow(scales_, n * sums_stride_);
-    if (bytes_.size() < n * widest) bytes_.resize(n * widest);
+  grow(scales_, n * sums_stride_);
+  for (int codes = 0; codes < kCodes; ++codes) {
+    grow(scaled_[codes], n * widest);
+    if (int8_activations && bytes_[codes].size() < n * widest) bytes_[codes].resize(n * widest);
   }
   for (const auto& adapter : adapters) {
     for (const LoraSite& site : adapter->sites) rank_ = std::max(rank_, site.rank());
@@ -125,8 +128,6 @@ void Decoder::logits(const float* hidden, int count, const int32_t* row_adapters
   done(Part::kHead);
 }
 
-bool Decoder::in_int8(Format format) const { return int8_activations && has_groups(format); }
-
 void Decoder::done(Part part) {
   const auto now = std::chrono::steady_clock::now();
   seconds_[static_cast<size_t>(part)] += std::chrono::duration<double>(now - mark_).count();
@@ -163,15 +164,20 @@ void Decoder::prepare(const Inputs& inputs, const Targets& targets, const float*
       const int64_t at = static_cast<int64_t>(row) * inputs.width;
       kernels.rms_norm(x_.data() + at, norm, shape_.norm_eps, inputs.width, normed + at);
     }
-    const Format format = targets[0].weights->format();
     const int groups = inputs.width / kGroup;
     float* sums = sums_.data() + static_cast<int64_t>(row) * sums_stride_;
     const int64_t at = static_cast<int64_t>(row) * inputs.width;
-    if (in_int8(format)) {
-      float* scales = scales_.data() + static_cast<int64_t>(row) * sums_stride_;
-      kernels.quantize_inputs(format, x, groups, sums, scales, bytes_.data() + at);
-    } else if (has_groups(format)) {
-      kernels.scale_inputs(format, x, groups, sums, scaled_.data() + at);
+    bool prepared[kCodes] = {};
+    for (const Target& target : targets) {
+      const Format format = target.weights->format();
+      if (!has_groups(format) || prepared[codes_of(format)]) continue;
+      prepared[codes_of(format)] = true;
+      if (int8_activations) {
+        float* scales = scales_.data() + static_cast<int64_t>(row) * sums_stride_;
+        kernels.quantize_inputs(format, x, groups, sums, scales, bytes_[codes_of(format)].data() + at);
+      } else {
+        kernels.scale_inputs(format, x, groups, sums, scaled_[codes_of(format)].data() + at);
+      }
     }
     for (size_t t = 0; t < targets.size(); ++t) {
       const LoraSite* site = lora(inputs, targets[t].site, row);
@@ -265,13 +271,14 @@ void Decoder::tile(const Inputs& inputs, const Target& target, int index, int pa
   const PackedLinear& w = *target.weights;
   const int64_t at = static_cast<int64_t>(first) * inputs.width;
   const int64_t groups_at = static_cast<int64_t>(first) * sums_stride_;
-  if (in_int8(w.format())) {
-    const Int8Input input{bytes_.data() + at, inputs.width, scales_.data() + groups_at, sums_.data() + groups_at,
+  const int codes = codes_of(w.format());
+  if (int8_activations && has_groups(w.format())) {
+    const Int8Input input{bytes_[codes].data() + at, inputs.width, scales_.data() + groups_at, sums_.data() + groups_at,
                           sums_stride_};
     isa_.decoder.panel_int8(w.format(), w.panel(panel), inputs.width, input, rows, out, kPanel);
   } else {
-    const LinearInput input{inputs.x + at, scaled_.data() + at, inputs.width, sums_.data() + groups_at, sums_stride_,
-                            ahead};
+    const LinearInput input{
+        inputs.x + at, scaled_[codes].data() + at, inputs.width, sums_.data() + groups_at, sums_stride_, ahead};
     isa_.decoder.panel(w.format(), w.panel(panel), inputs.width, input, rows, out, kPanel);
   }
   const int start = panel * kPanel, width = std::min(kPanel, w.out() - start);

@@ -118,7 +118,6 @@ class Decoder {
   void rotate(float* x, int heads, const std::vector<float>& norm, const float* cos, const float* sin) const;
   void attend(const DecoderBatch& batch, int index, const KvStorage& kv);
   void attend_head(const DecoderBatch& batch, int entry, int kv_head, int index, const KvStorage& kv, float* scores);
-  bool in_int8(Format format) const;
   void done(Part part);
 
   const Isa& isa_;
@@ -129,8 +128,10 @@ class Decoder {
   std::array<double, static_cast<size_t>(Part::kParts)> seconds_{};
   std::chrono::steady_clock::time_point mark_;
   // What a pass works on; it grows to the largest pass seen and is then reused.
-  std::vector<float> x_, normed_, qkv_, attended_, gates_, sums_, scaled_, scales_, shrunk_, scores_;
-  std::vector<int8_t> bytes_;
+  std::vector<float> x_, normed_, qkv_, attended_, gates_, sums_, scales_, shrunk_, scores_;
+  static constexpr int kCodes = 2;  // nibbles and bytes
+  std::vector<float> scaled_[kCodes];
+  std::vector<int8_t> bytes_[kCodes];
   std::vector<Run> ahead_;
   int64_t ahead_taken_ = 0;  // work of the layer that has taken its share of ahead_
   int64_t scores_stride_ = 0;
