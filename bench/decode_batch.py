@@ -13,6 +13,7 @@ from pcm_fast.model import MixtureModel
 from pcm_fast.spec import ModelSpec
 
 EXPERTS_EACH = 3
+ROOM = 1024  # tokens a request may get: the first ones answer on while the prompts of the last are read
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,15 @@ class ConcurrentRequests:
         requests = [
             Request(self._prompts.prompt(turn * count + i), self._choices[i % len(self._choices)]) for i in range(count)
         ]
-        measure = in_engine if hasattr(self._model, "engine") else in_batches
-        return measure(self._model, requests, self._sizes, self._tokens)
+        return in_engine(self._model, requests, self._sizes, self._tokens)
 
 
 def in_engine(model: Any, requests: Sequence[Request], sizes: Sequence[int], tokens: int) -> dict[int, list[float]]:
     """All requests start together; when each has its first token the steps are timed, and some requests leave."""
     engine = model.engine(max_batch=len(requests))
-    # While the last prompts are read the first requests may go on already: some tokens more than are timed.
-    room = tokens * len(sizes) + 2 * len(requests)
     live = [
         engine.add_request(
-            request.prompt, active=request.active, pcm_input_ids=[request.prompt], max_new_tokens=room, **DRAW
+            [request.prompt], active=request.active, pcm_input_ids=[request.prompt], max_new_tokens=ROOM, **DRAW
         )
         for request in requests
     ]
@@ -70,21 +68,4 @@ def in_engine(model: Any, requests: Sequence[Request], sizes: Sequence[int], tok
                 raise RuntimeError(f"engine: expected a token for each of {size} requests, got {len(outputs)}")
     for request in live:
         engine.abort(request)
-    return steps
-
-
-def in_batches(model: Any, requests: Sequence[Request], sizes: Sequence[int], tokens: int) -> dict[int, list[float]]:
-    """Without an engine: one batch of each size, all with the experts of the first request."""
-    steps = {}
-    for size in sizes:
-        rows = [request.prompt for request in requests[:size]]
-        output = model.generate(
-            rows,
-            pcm_input_ids=rows,
-            active=requests[0].active,
-            max_new_tokens=tokens + 1,
-            return_dict_in_generate=True,
-            **DRAW,
-        )
-        steps[size] = [output.timings["decode"] / tokens]
     return steps
