@@ -19,13 +19,13 @@ using Array = py::array_t<T, py::array::c_style>;
 
 std::vector<float> floats(const Array<float>& values) { return {values.data(), values.data() + values.size()}; }
 
-PackedLinear pack(int format, int out, int in, const Array<uint8_t>& rows) {
+PackedLinear pack(Decoder& decoder, int format, int out, int in, const Array<uint8_t>& rows) {
   const auto kind = static_cast<Format>(format);
   if (rows.ndim() != 2 || rows.shape(0) != out || rows.shape(1) != PackedLinear::row_bytes(kind, in)) {
     throw std::invalid_argument("weights: the bytes do not have the shape");
   }
   py::gil_scoped_release release;
-  return PackedLinear(kind, out, in, rows.data());
+  return PackedLinear(kind, out, in, rows.data(), decoder.arena());
 }
 
 DecoderLayer& layer_of(Decoder& decoder, int layer) {
@@ -63,7 +63,7 @@ int add_adapter(Decoder& decoder, const std::vector<std::tuple<int, int, Array<f
       throw std::invalid_argument("adapter: factors do not fit the base");
     }
     adapter->sites.at(static_cast<size_t>(layer) * kSites + site) =
-        LoraSite(static_cast<int>(a.shape(0)), base.in(), base.out(), a.data(), b.data());
+        LoraSite(static_cast<int>(a.shape(0)), base.in(), base.out(), a.data(), b.data(), decoder.arena());
   }
   decoder.adapters.push_back(std::move(adapter));
   return static_cast<int>(decoder.adapters.size()) - 1;
@@ -126,18 +126,18 @@ void bind_decoder(py::module_& m) {
       .def("set_linear",
            [](Decoder& decoder, int layer, int site, int format, int out, int in, const Array<uint8_t>& rows) {
              if (site < 0 || site >= kSites) throw std::out_of_range("site");
-             layer_of(decoder, layer).weights[site] = pack(format, out, in, rows);
+             layer_of(decoder, layer).weights[site] = pack(decoder, format, out, in, rows);
            })
       .def("set_bias", [](Decoder& decoder, int layer, int site,
                           const Array<float>& bias) { layer_of(decoder, layer).biases[site] = floats(bias); })
       .def("set_norm", &set_norm)
       .def("set_embedding",
            [](Decoder& decoder, int format, const Array<uint8_t>& rows) {
-             decoder.embedding = pack(format, decoder.shape().vocabulary, decoder.shape().hidden, rows);
+             decoder.embedding = pack(decoder, format, decoder.shape().vocabulary, decoder.shape().hidden, rows);
            })
       .def("set_head",
            [](Decoder& decoder, int format, const Array<uint8_t>& rows) {
-             decoder.head = pack(format, decoder.shape().vocabulary, decoder.shape().hidden, rows);
+             decoder.head = pack(decoder, format, decoder.shape().vocabulary, decoder.shape().hidden, rows);
            })
       .def("set_rope",
            [](Decoder& decoder, const Array<float>& cos, const Array<float>& sin) {
@@ -147,6 +147,7 @@ void bind_decoder(py::module_& m) {
       .def("add_adapter", &add_adapter)
       .def("forward", &forward)
       .def("logits", &logits)
+      .def_readwrite("int8_activations", &Decoder::int8_activations)
       .def("profile", &profile)
       .def_property_readonly("num_bytes", &Decoder::bytes);
 }

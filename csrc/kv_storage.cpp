@@ -1,7 +1,5 @@
 #include "kv_storage.h"
 
-#include <sys/mman.h>
-
 #include <cstring>
 #include <limits>
 #include <new>
@@ -90,16 +88,7 @@ void read_items(const KvStorage& storage, const Item* layer, const int32_t* bloc
 
 }  // namespace
 
-KvStorage::KvStorage(const KvStorageShape& shape) : shape_(checked_shape(shape)) {
-  int flags = MAP_PRIVATE | MAP_ANONYMOUS;
-#ifdef MAP_NORESERVE
-  flags |= MAP_NORESERVE;  // a pool may be larger than the memory it will ever use
-#endif
-  data_ = mmap(nullptr, num_bytes(), PROT_READ | PROT_WRITE, flags, -1, 0);
-  if (data_ == MAP_FAILED) throw std::bad_alloc();
-}
-
-KvStorage::~KvStorage() { munmap(data_, num_bytes()); }
+KvStorage::KvStorage(const KvStorageShape& shape) : shape_(checked_shape(shape)), pages_(num_bytes()) {}
 
 void KvStorage::write(int32_t index, const int32_t* block_table, int32_t start, int32_t count, const float* keys,
                       const float* values, size_t token_stride) {
@@ -122,10 +111,8 @@ void KvStorage::read(int32_t index, const int32_t* block_table, int32_t start, i
 
 void KvStorage::copy_block(int32_t src, int32_t dst) {
   const size_t bytes = block_stride() * item_bytes();
-  for (int32_t index = 0; index < shape_.num_layers; ++index) {
-    char* base = static_cast<char*>(layer(index));
-    std::memcpy(base + dst * bytes, base + src * bytes, bytes);
-  }
+  auto* base = static_cast<char*>(data());
+  std::memcpy(base + dst * bytes, base + src * bytes, bytes);
 }
 
 }  // namespace pcm

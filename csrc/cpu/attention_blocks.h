@@ -11,7 +11,8 @@ namespace pcm::PCM_ISA {
 
 constexpr int kHeadTile = kLanes == 16 ? 4 : 3;   // query heads worked on together
 constexpr int kValueVecs = kLanes == 16 ? 2 : 4;  // vectors of the output worked on together
-constexpr int kSlotVecs = kKvBlock / kLanes;      // vectors of scores in a block
+constexpr int kBlocksAhead = 2;
+constexpr int kSlotVecs = kKvBlock / kLanes;  // vectors of scores in a block
 
 static inline Vec load_item(const float* p) { return load(p); }
 static inline Vec load_item(const uint16_t* p) { return load_bf16(p); }
@@ -22,11 +23,20 @@ static void score_blocks(const AttentionInput& in, const float* q, float scale, 
   const int first = in.begin / kKvBlock, last = (in.end - 1) / kKvBlock;
   for (int block = first; block <= last; ++block, scores += kKvBlock) {
     const Item* key = static_cast<const Item*>(in.keys) + in.block_table[block] * in.block_stride;
+    // Blocks lie anywhere, so the hardware does not foresee them: ask for the keys of a later block, and for the values
+    // of this one, a line at a time.
+    const int later = block + kBlocksAhead < last ? block + kBlocksAhead : last;
+    const Item* next = static_cast<const Item*>(in.keys) + in.block_table[later] * in.block_stride;
+    const Item* value = key + in.value_offset;
     Vec sums[kHeads][kSlotVecs];
     for (int h = 0; h < kHeads; ++h) {
       for (int v = 0; v < kSlotVecs; ++v) sums[h][v] = set1(0.0f);
     }
     for (int d = 0; d < in.head_dim; ++d, key += kKvBlock) {
+      if (d * sizeof(Item) % 4 == 0) {  // 64 bytes on
+        __builtin_prefetch(next + d * kKvBlock);
+        __builtin_prefetch(value + d * kKvBlock, 0, 2);
+      }
       Vec k[kSlotVecs];
 #pragma GCC unroll 2
       for (int v = 0; v < kSlotVecs; ++v) k[v] = load_item(key + v * kLanes);

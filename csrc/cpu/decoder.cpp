@@ -7,6 +7,18 @@ namespace pcm {
 namespace {
 
 constexpr int kChunksPerThread = 8;
+constexpr int kInputBytes = 256 * 1024;  // of inputs that stay in the second-level cache while panels go by
+
+constexpr int kRowsToLookAhead = 16;
+constexpr size_t kRunBytes = 2048;
+
+// Rows that meet a stretch of panels together.
+int rows_together(int in) { return std::clamp(kInputBytes / 4 / in / 12 * 12, 12, kRowTile); }
+
+bool has_groups(Format format) { return format != Format::kFloat32 && format != Format::kBFloat16; }
+
+// Which of the two forms of the inputs a format wants: for nibbles or for bytes.
+int codes_of(Format format) { return format == Format::kQ8_0 ? 1 : 0; }
 
 const float* data_or_null(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
 
@@ -15,14 +27,19 @@ const float* data_or_null(const std::vector<float>& values) { return values.empt
 Decoder::Decoder(const Isa& isa, std::shared_ptr<ThreadPool> pool, DecoderShape shape)
     : isa_(isa), pool_(std::move(pool)), shape_(std::move(shape)), layers_(shape_.layers) {}
 
-// f(i) for all i in [0, count), shared out in stretches.
+// f(begin, end) for stretches that make up [0, count).
 template <class F>
-void Decoder::for_rows(int count, const F& f) const {
+void Decoder::for_stretches(int count, const F& f) const {
   const int chunks = std::min(count, kChunksPerThread * pool_->size());
   pool_->parallel_for(chunks, [&](int chunk, int) {
-    const auto begin = static_cast<int64_t>(count) * chunk / chunks,
-               end = static_cast<int64_t>(count) * (chunk + 1) / chunks;
-    for (auto i = begin; i < end; ++i) f(static_cast<int>(i));
+    f(static_cast<int>(int64_t{count} * chunk / chunks), static_cast<int>(int64_t{count} * (chunk + 1) / chunks));
+  });
+}
+
+template <class F>
+void Decoder::for_rows(int count, const F& f) const {
+  for_stretches(count, [&](int begin, int end) {
+    for (int i = begin; i < end; ++i) f(i);
   });
 }
 
@@ -40,6 +57,11 @@ void Decoder::reserve(int count, int longest) {
   grow(gates_, n * shape_.intermediate);
   sums_stride_ = (widest + kGroup - 1) / kGroup;
   grow(sums_, n * sums_stride_);
+  grow(scales_, n * sums_stride_);
+  for (int codes = 0; codes < kCodes; ++codes) {
+    grow(scaled_[codes], n * widest);
+    if (int8_activations && bytes_[codes].size() < n * widest) bytes_[codes].resize(n * widest);
+  }
   for (const auto& adapter : adapters) {
     for (const LoraSite& site : adapter->sites) rank_ = std::max(rank_, site.rank());
   }
@@ -71,6 +93,7 @@ void Decoder::forward(const DecoderBatch& batch, KvStorage& kv) {
     done(Part::kRotary);
     attend(batch, l, kv);
     done(Part::kAttention);
+    look_ahead(batch, l + 1, kv);
     const Targets output{target(l, kO, x_.data(), hidden, true)};
     prepare(attended, output, nullptr, nullptr);
     multiply(attended, output);
@@ -141,7 +164,21 @@ void Decoder::prepare(const Inputs& inputs, const Targets& targets, const float*
       const int64_t at = static_cast<int64_t>(row) * inputs.width;
       kernels.rms_norm(x_.data() + at, norm, shape_.norm_eps, inputs.width, normed + at);
     }
-    kernels.group_sums(x, inputs.width / kGroup, sums_.data() + static_cast<int64_t>(row) * sums_stride_);
+    const int groups = inputs.width / kGroup;
+    float* sums = sums_.data() + static_cast<int64_t>(row) * sums_stride_;
+    const int64_t at = static_cast<int64_t>(row) * inputs.width;
+    bool prepared[kCodes] = {};
+    for (const Target& target : targets) {
+      const Format format = target.weights->format();
+      if (!has_groups(format) || prepared[codes_of(format)]) continue;
+      prepared[codes_of(format)] = true;
+      if (int8_activations) {
+        float* scales = scales_.data() + static_cast<int64_t>(row) * sums_stride_;
+        kernels.quantize_inputs(format, x, groups, sums, scales, bytes_[codes_of(format)].data() + at);
+      } else {
+        kernels.scale_inputs(format, x, groups, sums, scaled_[codes_of(format)].data() + at);
+      }
+    }
     for (size_t t = 0; t < targets.size(); ++t) {
       const LoraSite* site = lora(inputs, targets[t].site, row);
       if (site == nullptr) continue;
@@ -156,39 +193,94 @@ void Decoder::prepare(const Inputs& inputs, const Targets& targets, const float*
 void Decoder::multiply(const Inputs& inputs, const Targets& targets) {
   int panels = 0;
   for (const Target& target : targets) panels += target.weights->panels();
-  for_rows(panels, [&](int panel) {
-    int t = 0;
-    while (panel >= targets[t].weights->panels()) panel -= targets[t++].weights->panels();
+  const auto ahead = next_ahead(panels, inputs.width);
+  for_stretches(panels, [&](int begin, int end) {
     alignas(64) float values[kRowTile * kPanel];
-    for (int first = 0; first < inputs.count; first += kRowTile) {
-      const int rows = std::min(kRowTile, inputs.count - first);
-      tile(inputs, targets[t], t, panel, first, rows, values);
-      write_tile(targets[t], panel, first, rows, values);
+    const int together = rows_together(inputs.width);
+    for (int first = 0; first < inputs.count; first += together) {
+      const int rows = std::min(together, inputs.count - first);
+      for (int i = begin; i < end; ++i) {
+        int t = 0, panel = i;
+        while (panel >= targets[t].weights->panels()) panel -= targets[t++].weights->panels();
+        tile(inputs, targets[t], t, panel, first, rows, values, ahead(i));
+        write_tile(targets[t], panel, first, rows, values);
+      }
     }
   });
 }
 
 // gates_ = silu(gate x) * up x.
 void Decoder::multiply_gated(const Inputs& inputs, const Target& gate, const Target& up) {
-  for_rows(gate.weights->panels(), [&](int panel) {
+  const auto ahead = next_ahead(2 * gate.weights->panels(), inputs.width);
+  for_stretches(gate.weights->panels(), [&](int begin, int end) {
     alignas(64) float gates[kRowTile * kPanel], ups[kRowTile * kPanel];
-    for (int first = 0; first < inputs.count; first += kRowTile) {
-      const int rows = std::min(kRowTile, inputs.count - first);
-      tile(inputs, gate, 0, panel, first, rows, gates);
-      tile(inputs, up, 1, panel, first, rows, ups);
-      isa_.decoder.gate(ups, gates, rows * kPanel);
-      write_tile({gate.weights, nullptr, gate.site, gate.out, gate.out_stride, false}, panel, first, rows, gates);
+    const int together = rows_together(inputs.width);
+    for (int first = 0; first < inputs.count; first += together) {
+      const int rows = std::min(together, inputs.count - first);
+      for (int panel = begin; panel < end; ++panel) {
+        tile(inputs, gate, 0, panel, first, rows, gates, ahead(panel));
+        tile(inputs, up, 1, panel, first, rows, ups, ahead(gate.weights->panels() + panel));
+        isa_.decoder.gate(ups, gates, rows * kPanel);
+        write_tile(gate, panel, first, rows, gates);
+      }
     }
   });
 }
 
+// Notes what the next layer will read before its products: keys, values and the first factors of the adapters. With few
+// rows these would wait for memory, while the products before them leave memory idle: so they ask for it on the way,
+// each for a share in proportion to its arithmetic. With many rows arithmetic is all that counts.
+void Decoder::look_ahead(const DecoderBatch& batch, int layer, const KvStorage& kv) {
+  ahead_.clear();
+  ahead_taken_ = 0;
+  if (layer == shape_.layers || batch.count > kRowsToLookAhead) return;
+  const auto add = [&](const void* start, size_t bytes) {
+    for (size_t at = 0; at < bytes; at += kRunBytes) {
+      const size_t lines = (std::min(kRunBytes, bytes - at) + 63) / 64;
+      ahead_.push_back({static_cast<const char*>(start) + at, static_cast<int>(lines)});
+    }
+  };
+  const char* base = static_cast<const char*>(kv.layer(layer));
+  const size_t block_bytes = kv.block_stride() * kv.item_bytes(), layer_bytes = kv.layer_stride() * kv.item_bytes();
+  for (int i = 0; i < batch.count; ++i) {
+    for (int s = kQ; s <= kO && batch.adapters[i] >= 0; ++s) {
+      const LoraSite& site = adapters[batch.adapters[i]]->sites[layer * kSites + s];
+      add(site.a(), site.a_bytes());
+    }
+    const int end = batch.positions[i] + 1, window = shape_.windows[layer];
+    const int first = window > 0 ? std::max(0, end - window) / kKvBlock : 0;
+    const int32_t* table = batch.block_tables + batch.rows[i] * batch.blocks_per_row;
+    for (int block = first; block * kKvBlock < end; ++block) add(base + table[block] * block_bytes, layer_bytes);
+  }
+}
+
+// What each of some panels is to ask for, of what look_ahead noted.
+Decoder::AheadShares Decoder::next_ahead(int panels, int in) {
+  const int layer_work = shape_.heads * shape_.head_dim * ((shape_.hidden + kPanel - 1) / kPanel) +
+                         2 * shape_.hidden * ((shape_.intermediate + kPanel - 1) / kPanel) +
+                         shape_.intermediate * ((shape_.hidden + kPanel - 1) / kPanel);
+  const auto total = static_cast<int64_t>(ahead_.size());
+  const int64_t begin = ahead_taken_ * total / layer_work;
+  ahead_taken_ = std::min<int64_t>(ahead_taken_ + int64_t{panels} * in, layer_work);
+  return {ahead_.data() + begin, ahead_taken_ * total / layer_work - begin, panels};
+}
+
 // weights x + bias + adapter for a panel of outputs and some rows, [rows][kPanel]. index: of the target in prepare.
-void Decoder::tile(const Inputs& inputs, const Target& target, int index, int panel, int first, int rows,
-                   float* out) const {
+void Decoder::tile(const Inputs& inputs, const Target& target, int index, int panel, int first, int rows, float* out,
+                   const Ahead& ahead) const {
   const PackedLinear& w = *target.weights;
-  const LinearInput input{inputs.x + static_cast<int64_t>(first) * inputs.width, inputs.width,
-                          sums_.data() + static_cast<int64_t>(first) * sums_stride_, sums_stride_};
-  isa_.decoder.panel(w.format(), w.panel(panel), inputs.width, input, rows, out, kPanel);
+  const int64_t at = static_cast<int64_t>(first) * inputs.width;
+  const int64_t groups_at = static_cast<int64_t>(first) * sums_stride_;
+  const int codes = codes_of(w.format());
+  if (int8_activations && has_groups(w.format())) {
+    const Int8Input input{bytes_[codes].data() + at, inputs.width, scales_.data() + groups_at, sums_.data() + groups_at,
+                          sums_stride_};
+    isa_.decoder.panel_int8(w.format(), w.panel(panel), inputs.width, input, rows, out, kPanel);
+  } else {
+    const LinearInput input{
+        inputs.x + at, scaled_[codes].data() + at, inputs.width, sums_.data() + groups_at, sums_stride_, ahead};
+    isa_.decoder.panel(w.format(), w.panel(panel), inputs.width, input, rows, out, kPanel);
+  }
   const int start = panel * kPanel, width = std::min(kPanel, w.out() - start);
   for (int r = 0; r < rows; ++r, out += kPanel) {
     const LoraSite* site = lora(inputs, target.site, first + r);

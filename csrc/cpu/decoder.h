@@ -54,8 +54,10 @@ class Decoder {
   const DecoderShape& shape() const { return shape_; }
   const Isa& isa() const { return isa_; }
   DecoderLayer& layer(int index) { return layers_[index]; }
+  Arena& arena() { return arena_; }
   PackedLinear embedding, head;  // an empty head is the embedding
   std::vector<float> final_norm;
+  bool int8_activations = false;          // for weights in block formats
   std::vector<float> rope_cos, rope_sin;  // [positions][head_dim / 2]
   std::vector<std::unique_ptr<LoraAdapter>> adapters;
 
@@ -80,6 +82,15 @@ class Decoder {
     bool add;  // to what out holds
   };
   using Targets = std::vector<Target>;
+  struct AheadShares {
+    const Run* runs;
+    int64_t count;
+    int panels;
+    Ahead operator()(int panel) const {
+      const int64_t begin = count * panel / panels, end = count * (panel + 1) / panels;
+      return {runs + begin, static_cast<int>(end - begin)};
+    }
+  };
   // Rows of inputs that have been prepared for some targets.
   struct Inputs {
     const float* x;
@@ -87,6 +98,8 @@ class Decoder {
     const int32_t* adapters;  // null for none
   };
 
+  template <class F>
+  void for_stretches(int count, const F& f) const;
   template <class F>
   void for_rows(int count, const F& f) const;
   void reserve(int count, int longest);
@@ -96,7 +109,10 @@ class Decoder {
   void prepare(const Inputs& inputs, const Targets& targets, const float* norm, float* normed);
   void multiply(const Inputs& inputs, const Targets& targets);
   void multiply_gated(const Inputs& inputs, const Target& gate, const Target& up);
-  void tile(const Inputs& inputs, const Target& target, int index, int panel, int first, int rows, float* out) const;
+  void tile(const Inputs& inputs, const Target& target, int index, int panel, int first, int rows, float* out,
+            const Ahead& ahead = {}) const;
+  void look_ahead(const DecoderBatch& batch, int layer, const KvStorage& kv);
+  AheadShares next_ahead(int panels, int in);
   void write_tile(const Target& target, int panel, int first, int rows, const float* values) const;
   void rotate_and_store(const DecoderBatch& batch, const DecoderLayer& layer, int index, KvStorage& kv);
   void rotate(float* x, int heads, const std::vector<float>& norm, const float* cos, const float* sin) const;
@@ -107,11 +123,17 @@ class Decoder {
   const Isa& isa_;
   std::shared_ptr<ThreadPool> pool_;
   DecoderShape shape_;
+  Arena arena_;  // of all weights and adapters
   std::vector<DecoderLayer> layers_;
   std::array<double, static_cast<size_t>(Part::kParts)> seconds_{};
   std::chrono::steady_clock::time_point mark_;
   // What a pass works on; it grows to the largest pass seen and is then reused.
-  std::vector<float> x_, normed_, qkv_, attended_, gates_, sums_, shrunk_, scores_;
+  std::vector<float> x_, normed_, qkv_, attended_, gates_, sums_, scales_, shrunk_, scores_;
+  static constexpr int kCodes = 2;  // nibbles and bytes
+  std::vector<float> scaled_[kCodes];
+  std::vector<int8_t> bytes_[kCodes];
+  std::vector<Run> ahead_;
+  int64_t ahead_taken_ = 0;  // work of the layer that has taken its share of ahead_
   int64_t scores_stride_ = 0;
   int rank_ = 0, sums_stride_ = 0;
 };

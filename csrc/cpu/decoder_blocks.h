@@ -3,6 +3,7 @@
 
 #include "cpu/attention_blocks.h"
 #include "cpu/exp_log.h"
+#include "cpu/int8_blocks.h"
 #include "cpu/isa.h"
 #include "cpu/linear_blocks.h"
 
@@ -25,7 +26,7 @@ static void gate(const float* up, float* gate, int n) {
   }
 }
 
-static constexpr DecoderKernels kDecoderKernels = {panel_any, shrink_any, expand_any, attend,
-                                                   rms_norm,  group_sums, gate};
+static constexpr DecoderKernels kDecoderKernels = {panel_any, panel_int8,       shrink_any,      expand_any, attend,
+                                                   rms_norm,  scale_inputs_any, quantize_inputs, gate};
 
 }  // namespace pcm::PCM_ISA

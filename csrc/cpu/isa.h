@@ -47,16 +47,36 @@ struct MixSampleKernels {
 // Weights lie in panels of kPanel outputs; kGroup inputs share the scales of the block formats (packed_linear.h).
 constexpr int kPanel = 32;
 constexpr int kGroup = 32;
-constexpr int kRowTile = 12;  // rows worked on with a panel at a time, at most
+constexpr int kRowTile = 96;  // rows worked on with a panel at a time, at most
 
 enum class Format : int { kFloat32 = 0, kBFloat16 = 1, kQ8_0 = 2, kQ4_0 = 3, kQ4_1 = 4 };
 
+// Memory that will be needed soon, in cache lines. A product that is bound by arithmetic asks for it on the way.
+struct Run {
+  const char* start;
+  int lines;
+};
+struct Ahead {
+  const Run* runs = nullptr;
+  int count = 0;
+};
+
 // Rows of inputs of a linear layer, and what is known of them.
 struct LinearInput {
-  const float* x;  // [rows][stride]
+  const float* x;       // [rows][stride]
+  const float* scaled;  // [rows][stride], see scale_inputs
   int64_t stride;
-  const float* group_sums;  // [rows][sums_stride]: sums of kGroup inputs each, for the formats with a minimum
+  const float* group_sums;  // [rows][sums_stride]: sums of kGroup inputs each
   int64_t sums_stride;
+  Ahead ahead = {};
+};
+
+// The same with 8-bit activations, see int8_blocks.h.
+struct Int8Input {
+  const int8_t* bytes;  // [rows][stride]
+  int64_t stride;
+  const float *scales, *group_sums;  // [rows][groups_stride]
+  int64_t groups_stride;
 };
 
 // The keys and values that the query heads of one key/value head of one token see.
@@ -77,6 +97,9 @@ struct DecoderKernels {
   // on how many rows there are.
   void (*panel)(Format format, const uint8_t* panel, int in, const LinearInput& input, int rows, float* out,
                 int64_t out_stride);
+  // The same for a block format and 8-bit activations, any number of rows.
+  void (*panel_int8)(Format format, const uint8_t* panel, int in, const Int8Input& input, int rows, float* out,
+                     int64_t out_stride);
   // out[j] = a[j] . x for the rank rows of a [rank][in] of float32 or bfloat16; in is a multiple of 16.
   void (*shrink)(Format format, const void* a, int rank, const float* x, int in, float* out);
   // out[0..kPanel) += sum_j factors[j] b[j] for b [rank][kPanel] of float32 or bfloat16.
@@ -86,8 +109,11 @@ struct DecoderKernels {
   void (*attend)(const AttentionInput& input, float* scores, int64_t scores_stride, float* out);
   // RMSNorm (Zhang and Sennrich 2019): out = x / sqrt(mean(x^2) + eps) * weight; n a multiple of 16.
   void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);
-  void (*group_sums)(const float* x, int groups, float* sums);  // of kGroup entries each
-  void (*gate)(const float* up, float* gate, int n);            // gate = silu(gate) * up, n a multiple of 16
+  // For a block format: the sums of kGroup inputs each, and the inputs in the scale that few rows want them in.
+  void (*scale_inputs)(Format format, const float* x, int groups, float* sums, float* scaled);
+  // Inputs as signed bytes, their scales and the sums of the inputs, by group.
+  void (*quantize_inputs)(Format format, const float* x, int groups, float* sums, float* scales, int8_t* bytes);
+  void (*gate)(const float* up, float* gate, int n);  // gate = silu(gate) * up, n a multiple of 16
 };
 
 struct Isa {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "arena.h"
 #include "cpu/isa.h"
 
 namespace pcm {
@@ -15,20 +16,22 @@ class LoraSite {
  public:
   LoraSite() = default;
   // a: [rank][in]; b: [rank][out], scaled.
-  LoraSite(int rank, int in, int out, const float* a, const float* b);
+  LoraSite(int rank, int in, int out, const float* a, const float* b, Arena& arena);
 
   int rank() const { return rank_; }
   Format format() const { return format_; }
-  const void* a() const { return a_.data(); }
-  const void* b(int panel) const { return b_.data() + static_cast<int64_t>(panel) * rank_ * kPanel * item_bytes(); }
-  size_t bytes() const { return a_.size() + b_.size(); }
+  const void* a() const { return a_; }
+  size_t a_bytes() const { return a_bytes_; }
+  const void* b(int panel) const { return b_ + static_cast<int64_t>(panel) * rank_ * kPanel * item_bytes(); }
+  size_t bytes() const { return a_bytes_ + b_bytes_; }
 
  private:
   int item_bytes() const { return format_ == Format::kFloat32 ? 4 : 2; }
 
   int rank_ = 0;
   Format format_ = Format::kFloat32;
-  std::vector<uint8_t> a_, b_;  // b_: [panels][rank][kPanel]
+  size_t a_bytes_ = 0, b_bytes_ = 0;
+  uint8_t *a_ = nullptr, *b_ = nullptr;  // [rank][in], [panels][rank][kPanel]
 };
 
 struct LoraAdapter {

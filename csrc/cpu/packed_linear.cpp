@@ -52,15 +52,16 @@ int64_t PackedLinear::row_bytes(Format format, int in) {
   return in % kGroup == 0 ? static_cast<int64_t>(in) / kGroup * (2 * layout.scales + layout.value_bytes) : -1;
 }
 
-PackedLinear::PackedLinear(Format format, int out, int in, const uint8_t* rows) : format_(format), out_(out), in_(in) {
+PackedLinear::PackedLinear(Format format, int out, int in, const uint8_t* rows, Arena& arena)
+    : format_(format), out_(out), in_(in) {
   const int64_t stride = row_bytes(format, in);
   panel_bytes_ = static_cast<size_t>(stride) * kPanel;
-  data_.assign(panel_bytes_ * panels(), 0);
+  data_ = arena.take(panel_bytes_ * panels());
   const Layout layout = layout_of(format);
   const int64_t block = 2 * layout.scales + layout.value_bytes;
   for (int o = 0; o < out; ++o) {
     const uint8_t* row = rows + o * stride;
-    uint8_t* panel = data_.data() + (o / kPanel) * panel_bytes_;
+    uint8_t* panel = data_ + (o / kPanel) * panel_bytes_;
     const int lane = o % kPanel;
     if (layout.scales == 0) {
       const size_t item = item_bytes(format);
@@ -76,7 +77,7 @@ PackedLinear::PackedLinear(Format format, int out, int in, const uint8_t* rows) 
       uint8_t* words = group + 2 * layout.scales * kPanel + lane * 4;
       for (int i = 0; i < layout.value_bytes; ++i) {
         words[i / 4 * 4 * kPanel + i % 4] =
-            format == Format::kQ8_0 ? values[i]
+            format == Format::kQ8_0 ? values[i] ^ 0x80
                                     : static_cast<uint8_t>(nibble(values, 2 * i) | nibble(values, 2 * i + 1) << 4);
       }
     }
@@ -101,7 +102,7 @@ void PackedLinear::row(int index, float* values) const {
       const auto byte = [&](int i) { return words[i / 4 * 4 * kPanel + i % 4]; };
       const int i = k % kGroup;
       if (format_ == Format::kQ8_0) {
-        values[k] = static_cast<float>(static_cast<int8_t>(byte(i))) * scale;
+        values[k] = static_cast<float>(byte(i) - 128) * scale;
       } else {
         const auto q = static_cast<float>(i % 2 == 0 ? byte(i / 2) & 15 : byte(i / 2) >> 4);
         const float least = format_ == Format::kQ4_1 ? from_f16(read16(group + (kPanel + lane) * 2)) : -8 * scale;
