@@ -61,7 +61,7 @@ class StepPlan:
         states: for each of them, (index of the reading, index among its wanted) of the hidden state of each of its
             experts, and last of the PCM if its weights are taken anew.
         steady: whether the next step is this one again, a token later, as long as the same sequences run.
-        owners: of a steady plan, for each reading the index among the draws of each span's sequence, [rows] int32.
+        owners: of a steady plan, for each reading the index among the draws of each span's sequence.
         ahead: how often it can be repeated before its rows need more slots.
         lag: how often it was repeated since the KV cache was told what its rows have read.
         callables: the sequences that draw under weights of a callable PCM.
@@ -73,7 +73,7 @@ class StepPlan:
         self.draws: list[Sequence] = []
         self.states: list[list[tuple[int, int]]] = []
         self.steady = True
-        self.owners: list[Int32] = []
+        self.owners: list[list[int]] = []
         self.ahead = self.lag = 0
         self.callables: list[Sequence] = []
         self.prepared: Any = None
@@ -112,14 +112,15 @@ class StepPlan:
         ]
         if self.steady:
             owner = {id(row): i for i, sequence in enumerate(self.draws) for row in sequence.rows}
-            self.owners = [
-                np.array([owner[id(row)] for row, _, _ in reading.spans], dtype=np.int32) for reading in self.readings
-            ]
+            self.owners = [[owner[id(row)] for row, _, _ in reading.spans] for reading in self.readings]
 
     def repeat(self) -> None:
         """A steady plan becomes that of the next step."""
         self.ahead -= 1
-        last = np.array([sequence.tokens[-1] for sequence in self.draws], dtype=np.int32)
+        # Item by item through a memoryview: a pass over the weights has driven NumPy's machinery out of all caches, and
+        # three calls of it would take as long as the rest of the step's Python.
         for reading, owners in zip(self.readings, self.owners, strict=True):
-            last.take(owners, out=reading.tokens)
-            reading.positions += 1
+            tokens, positions = reading.tokens.data, reading.positions.data
+            for entry, owner in enumerate(owners):
+                tokens[entry] = self.draws[owner].tokens[-1]
+                positions[entry] += 1

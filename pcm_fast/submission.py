@@ -170,5 +170,5 @@ def needs_python(request: Request) -> bool:
 
 
 def _frozen(array: Float32) -> Float32:
-    array.flags.writeable = False
+    array.setflags(write=False)
     return array

@@ -411,8 +411,8 @@ def test_a_request_that_fails_takes_nothing_with_it(checkpoint, experts):
     assert failed == {in_pcm, in_processor, in_criterion, in_numbers, in_numbers_seen}
     assert_same(engine.result(fine), expected)
     for request_id, error, message in [
-        (in_pcm, RefusedError, ""),
-        (in_processor, RefusedError, ""),
+        (in_pcm, RefusedError, None),
+        (in_processor, RefusedError, None),
         (in_criterion, ValueError, r"stopping_criteria: expected a bool or shape \[1\], got \[2\]"),
         (in_numbers, ValueError, "row 0, token 0: NaN or .inf"),
         (in_numbers_seen, ValueError, "row 0, token 0: NaN or .inf"),

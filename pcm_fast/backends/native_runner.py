@@ -90,7 +90,9 @@ class NativeRunner:
         if plan.prepared is None:
             plan.prepared = self._prepare(plan)
         else:
-            plan.prepared.positions += np.uint64(1)
+            places = plan.prepared.positions.data
+            for s in range(len(plan.draws)):
+                places[s] += 1
         arrays: StepArrays = plan.prepared
         for s in arrays.asked:
             sequence = plan.draws[s]
