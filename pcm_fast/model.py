@@ -31,6 +31,7 @@ __all__ = ["MixtureModel", "ModelSpec"]
 
 BACKENDS = ("auto", "reference", "native", "torch")
 KV_DTYPES = ("float32", "bfloat16")
+ACTIVATIONS = ("float32", "int8")
 LOGGER = logging.getLogger(__name__)
 WEIGHTS = ("auto", "float32", "bfloat16", "q8_0", "gguf")
 
@@ -60,6 +61,7 @@ class MixtureModel:
         weights: str = "auto",
         num_threads: int | None = None,
         kv_dtype: str = "float32",
+        activations: str = "float32",
     ) -> None:
         if not isinstance(spec, ModelSpec):
             raise TypeError(f"spec: expected a ModelSpec, got {spec!r}")
@@ -74,8 +76,12 @@ class MixtureModel:
             if num_threads < 1:
                 raise ValueError(f"num_threads: expected an integer >= 1 or None, got {num_threads}")
         self.spec = spec
-        self.backend = _choose_backend(spec, backend, weights, kv_dtype)
-        self._weights, self._kv_dtype = weights, kv_dtype
+        if activations not in ACTIVATIONS:
+            raise ValueError(f"activations: expected one of {', '.join(map(repr, ACTIVATIONS))}, got {activations!r}")
+        if activations == "int8" and weights in ("float32", "bfloat16"):
+            raise ValueError(f"activations: expected 'float32' with weights={weights!r}, got 'int8'")
+        self.backend = _choose_backend(spec, backend, weights, kv_dtype, activations)
+        self._weights, self._kv_dtype, self._activations = weights, kv_dtype, activations
         self._num_threads = num_threads
 
     @classmethod
@@ -88,6 +94,7 @@ class MixtureModel:
         weights: str = "auto",
         num_threads: int | None = None,
         kv_dtype: str = "float32",
+        activations: str = "float32",
     ) -> MixtureModel:
         """Load a base, experts and a PCM.
 
@@ -103,6 +110,8 @@ class MixtureModel:
             weights: "auto" keeps the checkpoint's own precision; "float32", "bfloat16", "q8_0", "gguf".
             num_threads: threads to compute on; None leaves it to the backend.
             kv_dtype: what keys and values are kept in: "float32", or "bfloat16" in half the memory.
+            activations: what meets weights in 8- and 4-bit blocks: "float32", or "int8" (by groups of 32), which is
+                faster where many rows are read at once, and less exact.
 
         Raises:
             LoadError: a file is missing, malformed, or does not fit; names file and tensor.
@@ -114,7 +123,7 @@ class MixtureModel:
         loaded = load_experts(experts, checkpoint)
         names = [expert.name for expert in loaded]
         spec = ModelSpec(checkpoint, loaded, load_pcm(pcm, names, checkpoint))
-        return cls(spec, backend, weights, num_threads, kv_dtype)
+        return cls(spec, backend, weights, num_threads, kv_dtype, activations)
 
     @property
     def expert_names(self) -> tuple[str, ...]:
@@ -145,7 +154,7 @@ class MixtureModel:
     def _native(self) -> NativeDecoder:
         from pcm_fast.backends.native import NativeDecoder
 
-        return NativeDecoder(self.spec, self._weights, self._num_threads, self._kv_dtype)
+        return NativeDecoder(self.spec, self._weights, self._num_threads, self._kv_dtype, self._activations)
 
     def engine(self, max_batch: int = 32, kv_blocks: int | None = None, prefill_chunk: int = 256) -> Engine:
         """An engine for requests that come in at any time. It shares this model's weights, and has its own KV cache.
@@ -403,7 +412,7 @@ class MixtureModel:
         return iterate(lambda callback: self.chat(messages, streamer=callback, **options))
 
 
-def _choose_backend(spec: ModelSpec, backend: str, weights: str, kv_dtype: str) -> str:
+def _choose_backend(spec: ModelSpec, backend: str, weights: str, kv_dtype: str, activations: str) -> str:
     """The backend that runs, for what was asked for."""
     if backend == "torch":
         raise ValueError("backend: this build of pcm-fast has no 'torch' backend; expected 'native' or 'reference'")
@@ -423,5 +432,9 @@ def _choose_backend(spec: ModelSpec, backend: str, weights: str, kv_dtype: str) 
     if kv_dtype != "float32":
         raise ValueError(
             f"kv_dtype: the reference backend keeps keys and values in float32; expected 'float32', got {kv_dtype!r}"
+        )
+    if activations != "float32":
+        raise ValueError(
+            f"activations: the reference backend computes in float32; expected 'float32', got {activations!r}"
         )
     return "reference"

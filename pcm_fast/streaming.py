@@ -22,7 +22,7 @@ class TextStreamer:
     A piece ends at the end of a character: bytes of a character that is not complete are kept back.
 
     Attributes:
-        takes_arrays: that ``put`` is given NumPy arrays; other streamers get tensors, and torch takes seconds to import.
+        takes_arrays: that ``put`` is given NumPy arrays. Others get tensors, and torch takes seconds to import.
     """
 
     takes_arrays = True

@@ -1,4 +1,4 @@
-"""Greedy answers on real weights: the same text as the reference's on fifty prompts, from GGUF blocks and in float32."""
+"""Greedy answers on real weights: fifty times the text of the reference, from GGUF blocks and in float32."""
 
 import numpy as np
 import pytest
@@ -10,11 +10,11 @@ from pcm_fast.spec import ModelSpec
 
 NEW_TOKENS = 64
 TOPICS = (
-    "the tides,bees,glaciers,the violin,chess,volcanoes,bread,the moon,whales,paper,coffee,earthquakes,the piano,rain,"
-    "cheese,maps,bicycles,owls,rivers,glass,the stock market,dreams,salt,the printing press,penguins,thunder,soap,"
-    "libraries,the heart,rice,magnets,lighthouses,spiders,the alphabet,tea,bridges,forests,the compass,yeast,clouds,"
-    "sleep,the guitar,potatoes,comets,silk,the telephone,ants,deserts,honey,windmills"
-).split(",")
+    "tides bees glaciers violins chess volcanoes bread moonlight whales paper coffee earthquakes pianos rain cheese "
+    "maps bicycles owls rivers glass stocks dreams salt printing penguins thunder soap libraries hearts rice "
+    "magnets lighthouses spiders alphabets tea bridges forests compasses yeast clouds sleep guitars potatoes comets "
+    "silk telephones ants deserts honey windmills"
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def setting(embedded_checkpoint, random_adapter):
     )
     spec = ModelSpec(embedded_checkpoint, experts, pcm)
     tokenizer = embedded_checkpoint.tokenizer
-    turns = [[{"role": "user", "content": f"Tell me something about {topic}."}] for topic in TOPICS]
+    turns = [[{"role": "user", "content": f"Tell me something about {topic}."}] for topic in TOPICS.split()]
     prompts = [list(tokenizer.apply_chat_template(turn, add_generation_prompt=True)) for turn in turns]
     assert len(prompts) == 50
     options = {

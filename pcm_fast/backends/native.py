@@ -37,10 +37,15 @@ class NativeDecoder:
     """
 
     def __init__(
-        self, spec: ModelSpec, weights: str = "auto", num_threads: int | None = None, kv_dtype: str = "float32"
+        self,
+        spec: ModelSpec,
+        weights: str = "auto",
+        num_threads: int | None = None,
+        kv_dtype: str = "float32",
+        activations: str = "float32",
     ) -> None:
         self.spec = spec
-        self.model = NativeModels(spec, weights, num_threads, kv_dtype)
+        self.model = NativeModels(spec, weights, num_threads, kv_dtype, activations)
         self._engine: tuple[Engine, list[int]] | None = None  # and the blocks of its caches
         self._turn = threading.RLock()  # of that engine
         self._busy = False

@@ -24,6 +24,7 @@ SITES = (
     "mlp.down_proj",
 )
 FORMATS = {"F32": 0, "BF16": 1, "Q8_0": 2, "Q4_0": 3, "Q4_1": 4}
+BLOCK_FORMATS = ("Q8_0", "Q4_0", "Q4_1")
 ROPE_TYPES = ("default", "linear", "llama3", "factors")
 
 
@@ -47,7 +48,13 @@ class NativeModel:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, adapters: Sequence[Adapter], weights: str, isa: str, pool: _native.ThreadPool
+        self,
+        checkpoint: Checkpoint,
+        adapters: Sequence[Adapter],
+        weights: str,
+        activations: str,
+        isa: str,
+        pool: _native.ThreadPool,
     ) -> None:
         config = checkpoint.config
         assert config is not None
@@ -66,6 +73,13 @@ class NativeModel:
             config.rms_norm_eps,
             windows,
         )
+        in_blocks = weights == "q8_0" or any(t.dtype in BLOCK_FORMATS for t in checkpoint.tensors.values())
+        if activations == "int8" and not in_blocks:
+            raise ValueError(
+                f"activations: 'int8' expects weights in blocks of 8 or 4 bits, and {checkpoint.path.name} has none; "
+                "use weights='q8_0'"
+            )
+        self.decoder.int8_activations = activations == "int8"
         self._load(checkpoint.tensors, weights)
         self._adapters = {
             key: self.decoder.add_adapter(_native_sites(adapter, config.num_layers))

@@ -60,7 +60,9 @@ class NativeModels:
         lock: held while any of them computes: their buffers serve one step at a time.
     """
 
-    def __init__(self, spec: ModelSpec, weights: str, num_threads: int | None, kv_dtype: str) -> None:
+    def __init__(
+        self, spec: ModelSpec, weights: str, num_threads: int | None, kv_dtype: str, activations: str = "float32"
+    ) -> None:
         reason = reason_against(spec)
         if reason is not None:
             raise ValueError(f"backend: the native backend does not run {reason}; use backend='reference'")
@@ -75,13 +77,15 @@ class NativeModels:
         checkpoints = list({id(checkpoint): checkpoint for _, checkpoint, _ in everybody}.values())
         for checkpoint in checkpoints:
             adapters = [adapter for _, other, adapter in everybody if other is checkpoint and adapter is not None]
-            self.models.append(NativeModel(checkpoint, adapters, weights, isa, pool))
+            self.models.append(NativeModel(checkpoint, adapters, weights, activations, isa, pool))
         index = {id(checkpoint): i for i, checkpoint in enumerate(checkpoints)}
         readers = [
             Reader(
                 model=index[id(checkpoint)],
                 adapter=self.models[index[id(checkpoint)]].adapter_index(adapter),
-                namespace=namespace_id(checkpoint.identity, adapter.identity if adapter else "", weights, kv_dtype),
+                namespace=namespace_id(
+                    checkpoint.identity, adapter.identity if adapter else "", weights, activations, kv_dtype
+                ),
                 adapts_head=adapter is not None and "lm_head" in adapter.sites,
             )
             for _, checkpoint, adapter in everybody
