@@ -36,6 +36,7 @@ bench: $(VENV)/.bench
 	$(BIN)/pytest bench
 	$(BIN)/python bench/bench_decode.py
 	$(BIN)/python bench/table.py
+	$(BIN)/python bench/decode_limits.py
 
 CORE := $(filter-out %bindings.cpp,$(wildcard csrc/*.cpp)) $(wildcard csrc/cpu/*.cpp)
 HEADERS := $(wildcard csrc/*.h csrc/cpu/*.h)
@@ -50,9 +51,11 @@ FLAGS_tsan := -fsanitize=thread
 FLAGS_isa_avx2 := -mavx2 -mfma -mf16c
 FLAGS_isa_avx512 := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c
 
-sanitize: $(foreach kind,asan tsan,build/$(kind)/kv_cache_driver build/$(kind)/step_driver)
+sanitize: $(foreach kind,asan tsan,$(foreach noun,kv_cache thread_pool step,build/$(kind)/$(noun)_driver))
 	build/asan/kv_cache_driver 400000 1 2
 	build/tsan/kv_cache_driver 100000 2 3
+	build/asan/thread_pool_driver 200000
+	build/tsan/thread_pool_driver 20000
 	build/asan/step_driver 12 1
 	build/tsan/step_driver 6 2
 

@@ -1,4 +1,4 @@
-// pcm_fast._native.MixtureStep. Arguments arrive checked by pcm_fast/backends/native_step.py.
+// pcm_fast._native.MixtureStep. Arguments arrive checked by pcm_fast/backends/native_runner.py.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
