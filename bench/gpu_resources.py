@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for four generations of GPUs and compares what it takes with results/gpu_resources.json.
+"""Compiles every Triton kernel for four generations of GPUs and compares what it takes with gpu_resources.json.
 
     python bench/gpu_resources.py             fails if a kernel spills, uses local memory, fuses where it must not,
                                               takes more than recorded, or has lost a barrier
@@ -23,7 +23,7 @@ from gpu_launches import Launch, launches_of
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-RECORD = Path(__file__).parent / "results" / "gpu_resources.json"
+RECORD = Path(__file__).parent / "gpu_resources.json"
 FUSED = re.compile(r"\bfma\.|\.approx|\.ftz|div\.full")  # in PTX: not what the oracle does
 
 

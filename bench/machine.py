@@ -1,4 +1,4 @@
-"""What the numbers of a benchmark hold under, and the read bandwidth they are held against."""
+"""What the numbers of a benchmark hold under, and the physical limits they are held against."""
 
 import platform
 import time
@@ -37,6 +37,20 @@ def read_bandwidth(threads: int, megabytes: int = 512, rounds: int = 7) -> float
         start = time.perf_counter()
         block.sum()
         best = max(best, block.nbytes / (time.perf_counter() - start))
+    torch.set_num_threads(before)
+    return best
+
+
+def peak_flops(threads: int, size: int = 1536, rounds: int = 7) -> float:
+    """float32 operations a second (a multiply-add is two) on `threads` threads: the best of some products in torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    a, b, product = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
+    best = 0.0
+    for _ in range(rounds):
+        start = time.perf_counter()
+        torch.mm(a, b, out=product)
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
     torch.set_num_threads(before)
     return best
 

@@ -1,6 +1,7 @@
 """Writes the README's benchmark tables from bench/results/*.json, between its bench markers.
 
-A result file is {"name": ..., "conditions": {...}, "rows": [{...}, ...]}; all rows have the same keys: the columns.
+A result file is {"name": ..., "conditions": {...}, "rows": [{...}, ...]}; all rows have the same keys: the columns. It
+may have several tables under the same conditions: "tables": [{"name": ..., "rows": [...]}, ...] in place of rows.
 With --check, changes nothing and fails if the README is out of date.
 """
 
@@ -16,25 +17,28 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def tables(folder: Path) -> str:
-    """One table per result file, in the order of their names."""
+    """The tables of every result file, in the order of their names."""
     parts = []
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"name", "conditions", "rows"} - result.keys()
+        missing = {"name", "conditions"} - result.keys()
+        if not {"rows", "tables"} & result.keys():
+            missing.add("rows")
         if missing:
             raise ValueError(
                 f"{path}: expected the keys name, conditions and rows; {', '.join(sorted(missing))} missing"
             )
-        parts.append(f"**{result['name']}**\n\n{table(result['rows'], path)}\n\n{conditions(result['conditions'])}")
+        parts += [f"**{part['name']}**\n\n{table(part['rows'], path)}" for part in result.get("tables", [result])]
+        parts.append(conditions(result["conditions"]))
     return "\n\n".join(parts)
 
 
 def table(rows: Sequence[Mapping[str, Any]], path: Path) -> str:
-    """Rows of equal keys as Markdown; columns of numbers to the right."""
+    """Rows of equal keys as Markdown; columns of numbers to the right; None is an empty cell."""
     if not rows or any(row.keys() != rows[0].keys() for row in rows):
         raise ValueError(f"{path}: expected rows with the same keys")
     columns = list(rows[0])
-    rules = ["---:" if all(isinstance(row[c], (int, float)) for row in rows) else "---" for c in columns]
+    rules = ["---:" if all(isinstance(row[c], (int, float, type(None))) for row in rows) else "---" for c in columns]
     lines = [columns, rules, *([cell(row[c]) for c in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -6,4 +6,5 @@ PYBIND11_MODULE(_native, m) {
   pcm::bind_decoder(m);
   pcm::bind_kv_cache(m);
   pcm::bind_mix_sample(m);
+  pcm::bind_mixture_step(m);
 }

@@ -7,4 +7,5 @@ namespace pcm {
 void bind_decoder(pybind11::module_& m);
 void bind_kv_cache(pybind11::module_& m);
 void bind_mix_sample(pybind11::module_& m);
+void bind_mixture_step(pybind11::module_& m);
 }  // namespace pcm

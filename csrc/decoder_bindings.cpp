@@ -7,6 +7,7 @@
 
 #include "bindings.h"
 #include "cpu/decoder.h"
+#include "cpu/isa_select.h"
 
 namespace py = pybind11;
 
@@ -18,13 +19,13 @@ using Array = py::array_t<T, py::array::c_style>;
 
 std::vector<float> floats(const Array<float>& values) { return {values.data(), values.data() + values.size()}; }
 
-PackedLinear pack(int format, int out, int in, const Array<uint8_t>& rows) {
+PackedLinear pack(Decoder& decoder, int format, int out, int in, const Array<uint8_t>& rows) {
   const auto kind = static_cast<Format>(format);
   if (rows.ndim() != 2 || rows.shape(0) != out || rows.shape(1) != PackedLinear::row_bytes(kind, in)) {
     throw std::invalid_argument("weights: the bytes do not have the shape");
   }
   py::gil_scoped_release release;
-  return PackedLinear(kind, out, in, rows.data());
+  return PackedLinear(kind, out, in, rows.data(), decoder.arena());
 }
 
 DecoderLayer& layer_of(Decoder& decoder, int layer) {
@@ -48,24 +49,39 @@ void set_norm(Decoder& decoder, int layer, const std::string& name, const Array<
   }
 }
 
-// Returns the number of the adapter. sites: (layer, site, A [rank, in], scaled B transposed [rank, out]).
+// Returns the number of the adapter. sites: (layer, site, A [rank, in], scaled B transposed [rank, out]); the head's
+// layer is the number of layers.
 int add_adapter(Decoder& decoder, const std::vector<std::tuple<int, int, Array<float>, Array<float>>>& sites) {
   auto adapter = std::make_unique<LoraAdapter>();
-  adapter->sites.resize(static_cast<size_t>(decoder.shape().layers) * kSites);
+  const int layers = decoder.shape().layers;
+  adapter->sites.resize(static_cast<size_t>(layers) * kSites + 1);
   for (const auto& [layer, site, a, b] : sites) {
-    LoraSite& lora = adapter->sites.at(static_cast<size_t>(layer) * kSites + site);
-    const PackedLinear& base = layer_of(decoder, layer).weights[site];
+    const PackedLinear& base = layer < layers         ? layer_of(decoder, layer).weights[site]
+                               : decoder.head.empty() ? decoder.embedding
+                                                      : decoder.head;
     if (a.shape(1) != base.in() || b.shape(1) != base.out() || a.shape(0) != b.shape(0)) {
       throw std::invalid_argument("adapter: factors do not fit the base");
     }
-    lora.rank = static_cast<int>(a.shape(0));
-    lora.a = floats(a);
-    const size_t padded = static_cast<size_t>(base.panels()) * kPanel;
-    lora.b.assign(padded * lora.rank, 0.0f);
-    for (int j = 0; j < lora.rank; ++j) std::copy_n(b.data() + j * base.out(), base.out(), lora.b.begin() + j * padded);
+    adapter->sites.at(static_cast<size_t>(layer) * kSites + site) =
+        LoraSite(static_cast<int>(a.shape(0)), base.in(), base.out(), a.data(), b.data(), decoder.arena());
   }
   decoder.adapters.push_back(std::move(adapter));
   return static_cast<int>(decoder.adapters.size()) - 1;
+}
+
+py::dict profile(const Decoder& decoder) {
+  static const char* const names[] = {"embedding",
+                                      "norms, adapters in",
+                                      "query, key, value",
+                                      "rotary, cache",
+                                      "attention",
+                                      "output",
+                                      "gate, up",
+                                      "down",
+                                      "head"};
+  py::dict seconds;
+  for (size_t i = 0; i < decoder.seconds().size(); ++i) seconds[names[i]] = decoder.seconds()[i];
+  return seconds;
 }
 
 // Runs tokens through the model; returns normalised hidden states [m, hidden] of the entries `wanted`.
@@ -87,7 +103,7 @@ void logits(Decoder& decoder, const Array<float>& hidden, Array<float>& out) {
   const auto count = static_cast<int>(hidden.shape(0));
   float* target = out.mutable_data();
   py::gil_scoped_release release;
-  decoder.logits(hidden.data(), count, target);
+  decoder.logits(hidden.data(), count, nullptr, target);
 }
 
 }  // namespace
@@ -110,18 +126,18 @@ void bind_decoder(py::module_& m) {
       .def("set_linear",
            [](Decoder& decoder, int layer, int site, int format, int out, int in, const Array<uint8_t>& rows) {
              if (site < 0 || site >= kSites) throw std::out_of_range("site");
-             layer_of(decoder, layer).weights[site] = pack(format, out, in, rows);
+             layer_of(decoder, layer).weights[site] = pack(decoder, format, out, in, rows);
            })
       .def("set_bias", [](Decoder& decoder, int layer, int site,
                           const Array<float>& bias) { layer_of(decoder, layer).biases[site] = floats(bias); })
       .def("set_norm", &set_norm)
       .def("set_embedding",
            [](Decoder& decoder, int format, const Array<uint8_t>& rows) {
-             decoder.embedding = pack(format, decoder.shape().vocabulary, decoder.shape().hidden, rows);
+             decoder.embedding = pack(decoder, format, decoder.shape().vocabulary, decoder.shape().hidden, rows);
            })
       .def("set_head",
            [](Decoder& decoder, int format, const Array<uint8_t>& rows) {
-             decoder.head = pack(format, decoder.shape().vocabulary, decoder.shape().hidden, rows);
+             decoder.head = pack(decoder, format, decoder.shape().vocabulary, decoder.shape().hidden, rows);
            })
       .def("set_rope",
            [](Decoder& decoder, const Array<float>& cos, const Array<float>& sin) {
@@ -131,6 +147,8 @@ void bind_decoder(py::module_& m) {
       .def("add_adapter", &add_adapter)
       .def("forward", &forward)
       .def("logits", &logits)
+      .def_readwrite("int8_activations", &Decoder::int8_activations)
+      .def("profile", &profile)
       .def_property_readonly("num_bytes", &Decoder::bytes);
 }
 

@@ -268,14 +268,14 @@ void bind_storage(py::module_& m) {
           [](const py::object& owner) -> py::array {
             auto& self = owner.cast<KvStorage&>();
             const KvStorageShape& shape = self.shape();
-            const std::vector<py::ssize_t> sizes{shape.num_layers,   shape.num_blocks, 2,
+            const std::vector<py::ssize_t> sizes{shape.num_blocks,   shape.num_layers, 2,
                                                  shape.num_kv_heads, shape.block_size, shape.head_dim};
             if (shape.dtype == KvDtype::kFloat32) {
               return py::array_t<float>(sizes, static_cast<float*>(self.data()), owner);
             }
             return py::array_t<uint16_t>(sizes, static_cast<uint16_t*>(self.data()), owner);
           },
-          "[num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim], float32, or uint16 holding bfloat16: the "
+          "[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], float32, or uint16 holding bfloat16: the "
           "memory itself.")
       .def_property_readonly("dtype", &dtype_name)
       .def_property_readonly("num_bytes", &KvStorage::num_bytes);

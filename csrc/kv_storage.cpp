@@ -1,7 +1,5 @@
 #include "kv_storage.h"
 
-#include <sys/mman.h>
-
 #include <cstring>
 #include <limits>
 #include <new>
@@ -47,29 +45,25 @@ float to_float(uint16_t value) {
   return result;
 }
 
-void store(float* to, const float* from, int32_t count) { std::memcpy(to, from, count * sizeof(float)); }
+void convert(float value, float* to) { *to = value; }
+void convert(float value, uint16_t* to) { *to = to_bfloat16(value); }
+float convert(float value) { return value; }
+float convert(uint16_t value) { return to_float(value); }
 
-void store(uint16_t* to, const float* from, int32_t count) {
-  for (int32_t i = 0; i < count; ++i) to[i] = to_bfloat16(from[i]);
-}
-
-void load(float* to, const float* from, int32_t count) { std::memcpy(to, from, count * sizeof(float)); }
-
-void load(float* to, const uint16_t* from, int32_t count) {
-  for (int32_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
-}
-
-// Calls visit(offset in storage, offset in the caller's array) for each head of each token: head_dim items both sides.
+// Calls visit(item in storage, item in the caller's keys or values) for all of some tokens.
 template <typename Visit>
-void for_each_head(const KvStorage& storage, const int32_t* block_table, int32_t start, int32_t count,
-                   size_t token_stride, Visit visit) {
+void for_each_item(const KvStorage& storage, const int32_t* block_table, int32_t start, int32_t count,
+                   size_t token_stride, bool keys, Visit visit) {
   const KvStorageShape& shape = storage.shape();
+  const size_t slot_stride = keys ? 1 : shape.head_dim, item_stride = keys ? shape.block_size : 1;
   for (int32_t i = 0; i < count; ++i) {
     const int32_t position = start + i;
     const size_t slot = block_table[position / shape.block_size] * storage.block_stride() +
-                        static_cast<size_t>(position % shape.block_size) * shape.head_dim;
+                        (keys ? 0 : storage.value_stride()) + (position % shape.block_size) * slot_stride;
     for (int32_t head = 0; head < shape.num_kv_heads; ++head) {
-      visit(slot + head * storage.head_stride(), i * token_stride + static_cast<size_t>(head) * shape.head_dim);
+      const size_t tile = slot + head * storage.head_stride();
+      const size_t given = i * token_stride + static_cast<size_t>(head) * shape.head_dim;
+      for (int32_t d = 0; d < shape.head_dim; ++d) visit(tile + d * item_stride, given + d);
     }
   }
 }
@@ -77,35 +71,24 @@ void for_each_head(const KvStorage& storage, const int32_t* block_table, int32_t
 template <typename Item>
 void write_items(const KvStorage& storage, Item* layer, const int32_t* block_table, int32_t start, int32_t count,
                  const float* keys, const float* values, size_t token_stride) {
-  const int32_t head_dim = storage.shape().head_dim;
-  for_each_head(storage, block_table, start, count, token_stride, [&](size_t in_storage, size_t in_array) {
-    store(layer + in_storage, keys + in_array, head_dim);
-    store(layer + in_storage + storage.value_stride(), values + in_array, head_dim);
-  });
+  for_each_item(storage, block_table, start, count, token_stride, true,
+                [&](size_t stored, size_t given) { convert(keys[given], layer + stored); });
+  for_each_item(storage, block_table, start, count, token_stride, false,
+                [&](size_t stored, size_t given) { convert(values[given], layer + stored); });
 }
 
 template <typename Item>
 void read_items(const KvStorage& storage, const Item* layer, const int32_t* block_table, int32_t start, int32_t count,
                 float* keys, float* values, size_t token_stride) {
-  const int32_t head_dim = storage.shape().head_dim;
-  for_each_head(storage, block_table, start, count, token_stride, [&](size_t in_storage, size_t in_array) {
-    load(keys + in_array, layer + in_storage, head_dim);
-    load(values + in_array, layer + in_storage + storage.value_stride(), head_dim);
-  });
+  for_each_item(storage, block_table, start, count, token_stride, true,
+                [&](size_t stored, size_t given) { keys[given] = convert(layer[stored]); });
+  for_each_item(storage, block_table, start, count, token_stride, false,
+                [&](size_t stored, size_t given) { values[given] = convert(layer[stored]); });
 }
 
 }  // namespace
 
-KvStorage::KvStorage(const KvStorageShape& shape) : shape_(checked_shape(shape)) {
-  int flags = MAP_PRIVATE | MAP_ANONYMOUS;
-#ifdef MAP_NORESERVE
-  flags |= MAP_NORESERVE;  // a pool may be larger than the memory it will ever use
-#endif
-  data_ = mmap(nullptr, num_bytes(), PROT_READ | PROT_WRITE, flags, -1, 0);
-  if (data_ == MAP_FAILED) throw std::bad_alloc();
-}
-
-KvStorage::~KvStorage() { munmap(data_, num_bytes()); }
+KvStorage::KvStorage(const KvStorageShape& shape) : shape_(checked_shape(shape)), pages_(num_bytes()) {}
 
 void KvStorage::write(int32_t index, const int32_t* block_table, int32_t start, int32_t count, const float* keys,
                       const float* values, size_t token_stride) {
@@ -128,10 +111,8 @@ void KvStorage::read(int32_t index, const int32_t* block_table, int32_t start, i
 
 void KvStorage::copy_block(int32_t src, int32_t dst) {
   const size_t bytes = block_stride() * item_bytes();
-  for (int32_t index = 0; index < shape_.num_layers; ++index) {
-    char* base = static_cast<char*>(layer(index));
-    std::memcpy(base + dst * bytes, base + src * bytes, bytes);
-  }
+  auto* base = static_cast<char*>(data());
+  std::memcpy(base + dst * bytes, base + src * bytes, bytes);
 }
 
 }  // namespace pcm

@@ -1,21 +1,22 @@
 // The memory behind the block tables on the CPU: keys and values of every layer, float32 or bfloat16.
 //
-//   [num_layers][num_blocks][2: keys, values][num_kv_heads][block_size][head_dim], C order
+//   [num_blocks][num_layers][2: keys, values][num_kv_heads][tile], C order
 //
-// Decode attention takes one row and one key/value head at a time and walks the row's blocks: for each it reads one
-// contiguous tile [block_size][head_dim] of keys, then one of values, so that consecutive tokens are consecutive in
-// memory. A layer comes first because a step visits the layers one after the other: what a step touches together lies
-// together, and a block of a layer is one run of bytes, so that copying it is one memcpy a layer.
+// with tiles [head_dim][block_size] of keys and [block_size][head_dim] of values. Decode attention takes one row and
+// one key/value head at a time and walks the row's blocks: for each it reads one contiguous tile of keys, whose scores
+// come out side by side in vectors, and later one of values. A block comes first: what is resident follows the blocks
+// used, huge pages or not, and copying a block is one memcpy.
 //
-// The memory starts at a page (so at a multiple of 64 bytes) and each tile at a multiple of 64 bytes whenever
-// block_size * head_dim * item size is one. Pages are zero and take no memory until they are written: resident memory
-// follows the blocks used, whatever the size of the pool.
+// The memory starts at a page and each tile at a multiple of 64 bytes whenever block_size * head_dim * item size is
+// one. Pages are zero and take no memory until they are written, whatever the size of the pool.
 //
 // Thread-safe as plain memory is: different slots may be written at the same time.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#include "arena.h"
 
 namespace pcm {
 
@@ -34,23 +35,22 @@ class KvStorage {
  public:
   // Throws std::invalid_argument for sizes that are not positive, std::bad_alloc if the address space is refused.
   explicit KvStorage(const KvStorageShape& shape);
-  ~KvStorage();
-  KvStorage(const KvStorage&) = delete;
-  KvStorage& operator=(const KvStorage&) = delete;
 
   const KvStorageShape& shape() const { return shape_; }
   size_t item_bytes() const { return shape_.dtype == KvDtype::kFloat32 ? 4 : 2; }
-  size_t num_bytes() const { return shape_.num_layers * layer_stride() * item_bytes(); }
+  size_t num_bytes() const { return shape_.num_blocks * block_stride() * item_bytes(); }
 
-  // Strides in items; those of a slot and of an item in a slot are head_dim and 1.
+  // Strides in items. Those of a slot and of an item in a slot are 1 and block_size for keys, head_dim and 1 for
+  // values.
   size_t head_stride() const { return static_cast<size_t>(shape_.block_size) * shape_.head_dim; }
   size_t value_stride() const { return shape_.num_kv_heads * head_stride(); }  // from the keys of a block to its values
-  size_t block_stride() const { return 2 * value_stride(); }
-  size_t layer_stride() const { return shape_.num_blocks * block_stride(); }
+  size_t layer_stride() const { return 2 * value_stride(); }
+  size_t block_stride() const { return shape_.num_layers * layer_stride(); }
 
-  void* data() { return data_; }
-  const void* data() const { return data_; }
-  void* layer(int32_t index) { return static_cast<char*>(data_) + index * layer_stride() * item_bytes(); }
+  void* data() { return pages_.data(); }
+  const void* data() const { return pages_.data(); }
+  // A layer of block 0.
+  void* layer(int32_t index) { return static_cast<char*>(data()) + index * layer_stride() * item_bytes(); }
   const void* layer(int32_t index) const { return const_cast<KvStorage*>(this)->layer(index); }
 
   // The functions below trust their arguments (they run once a layer and a row); the Python bindings check them.
@@ -69,7 +69,7 @@ class KvStorage {
 
  private:
   KvStorageShape shape_;
-  void* data_;
+  Pages pages_;
 };
 
 }  // namespace pcm

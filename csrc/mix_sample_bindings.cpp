@@ -7,15 +7,14 @@
 #include <optional>
 
 #include "bindings.h"
+#include "cpu/isa_select.h"
 #include "cpu/mix_sample.h"
+#include "draws_bindings.h"
 
 namespace py = pybind11;
 
 namespace pcm {
 namespace {
-
-template <class T>
-using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
 // A [B, K, V] or [B, V] array somewhere in memory; strides in elements.
 struct View {
@@ -27,30 +26,6 @@ struct View {
     const int64_t width = dtype == static_cast<int>(DType::kFloat32) ? 4 : 2;
     const int64_t offset = batch * strides[0] + (shape.size() == 3 ? expert * strides[1] : 0);
     return {reinterpret_cast<const char*>(address) + offset * width, strides.back(), static_cast<DType>(dtype)};
-  }
-};
-
-// One value for all rows, or one a row.
-template <class T>
-T at(const Array<T>& values, int64_t row) {
-  return values.data()[values.size() == 1 ? 0 : row];
-}
-
-struct Draws {
-  Array<bool> greedy;
-  Array<float> temperature;
-  Array<int64_t> top_k;
-  Array<double> top_p, min_p;
-  Array<uint64_t> seed;
-  std::optional<Array<uint64_t>> sequence;  // default: the index of the row
-  Array<uint64_t> position;
-  Array<int64_t> tokens;
-  Array<float> logprobs;
-
-  SampleParams params(int64_t b) const {
-    const uint64_t row = sequence ? at(*sequence, b) : static_cast<uint64_t>(b);
-    return {at(greedy, b), at(temperature, b), at(top_k, b), at(top_p, b),
-            at(min_p, b),  at(seed, b),        row,          at(position, b)};
   }
 };
 
@@ -118,7 +93,7 @@ void bind_mix_sample(py::module_& m) {
   py::class_<Draws>(m, "Draws")
       .def(py::init<Array<bool>, Array<float>, Array<int64_t>, Array<double>, Array<double>, Array<uint64_t>,
                     std::optional<Array<uint64_t>>, Array<uint64_t>, Array<int64_t>, Array<float>>());
-  py::class_<MixSampler>(m, "MixSampler")
+  py::class_<MixSampler, std::shared_ptr<MixSampler>>(m, "MixSampler")
       .def(py::init([](const std::string& isa, std::shared_ptr<ThreadPool> pool) {
              return new MixSampler(select_isa(isa), std::move(pool));
            }),

@@ -12,12 +12,28 @@ from pcm_fast._version import __version__
 
 if TYPE_CHECKING:
     from pcm_fast import ops, reference
+    from pcm_fast.engine import Engine, TokenOutput
     from pcm_fast.model import MixtureModel, ModelSpec
     from pcm_fast.sampling import SamplingParams
 
-__all__ = ["MixtureModel", "ModelSpec", "SamplingParams", "__version__", "ops", "reference"]
+__all__ = [
+    "Engine",
+    "MixtureModel",
+    "ModelSpec",
+    "SamplingParams",
+    "TokenOutput",
+    "__version__",
+    "ops",
+    "reference",
+]
 
-_HOMES = {"MixtureModel": "pcm_fast.model", "ModelSpec": "pcm_fast.model", "SamplingParams": "pcm_fast.sampling"}
+_HOMES = {
+    "Engine": "pcm_fast.engine",
+    "MixtureModel": "pcm_fast.model",
+    "ModelSpec": "pcm_fast.model",
+    "SamplingParams": "pcm_fast.sampling",
+    "TokenOutput": "pcm_fast.engine",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -58,6 +58,8 @@ class Decoder:
         /,
     ) -> npt.NDArray[np.float32]: ...
     def logits(self, hidden: npt.NDArray[np.float32], out: npt.NDArray[np.float32], /) -> None: ...
+    def profile(self) -> dict[str, float]: ...
+    int8_activations: bool  # for weights in block formats
     @property
     def num_bytes(self) -> int: ...
 
@@ -80,6 +82,31 @@ class MixSampler:
     def sample(self, log_p: View, draws: Draws) -> list[int]: ...
 
 Int32s = Sequence[int] | npt.NDArray[np.integer[Any]]
+
+# decoder, KV storage, tokens, rows, positions and adapters [n], block_tables [rows, blocks], wanted [m], all int32.
+Pass = tuple[Decoder, KvStorage, Any, Any, Any, Any, Any, Any]
+
+class MixtureStep:
+    def __init__(self, sampler: MixSampler) -> None: ...
+    def run(
+        self,
+        passes: Sequence[Pass],
+        hidden: npt.NDArray[np.int32],  # [S, K, 2]: pass and index among its wanted; pass -1 past the last expert
+        weights: npt.NDArray[np.float32],  # [S, K], in; out where there is a PCM
+        pcm: npt.NDArray[np.int32],  # [S, 2]: pass and index of its state; pass -1: weights are given
+        head: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None,  # of the PCM: weight [E, d], bias [E]
+        head_rows: npt.NDArray[np.int32],  # [S, K]: which row of the head
+        merge: npt.NDArray[np.int32],  # [S]
+        exponent: npt.NDArray[np.float32],  # [S]
+        combine: npt.NDArray[np.bool_],  # [S]: log_linear through one row of the LM head
+        report: npt.NDArray[np.bool_],  # [S]: whether expert_logprobs are wanted
+        draws: Draws,  # tokens and logprobs [S] are written there
+        expert_logprobs: npt.NDArray[np.float32],  # [S, K], out
+        logits: Sequence[npt.NDArray[np.float32] | None],  # per sequence: None, or [K, V] to fill in place of a draw
+        /,
+    ) -> list[int]: ...
+    @property
+    def seconds(self) -> float: ...
 
 class OutOfBlocks(RuntimeError): ...  # noqa: N818
 class OutOfRows(RuntimeError): ...  # noqa: N818

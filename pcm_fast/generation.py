@@ -36,6 +36,8 @@ class GenerateOptions:
             so that a job cut into batches gives the tokens it gives in one, when each batch says where it begins.
         expert_input_ids: by name, the whole prompt of an expert, in place of its system turn and input_ids.
         pcm_input_ids: the whole prompt of a learned PCM, preference included, likewise.
+        pcm_interval: the PCM weighs the experts anew before every so many-th token of an answer, and its last weights
+            hold in between: an approximation of the mixture unless it is 1. Weights that depend on nothing stay.
         streamer: an object with ``put`` and ``end``, as transformers' streamers; for one sequence only.
         logits_processor: Hugging Face processors, each called with (input_ids [B, L], log-probabilities [B, V]).
         stopping_criteria: Hugging Face criteria, each called with (input_ids [B, L], log-probabilities [B, V]).
@@ -68,6 +70,7 @@ class GenerateOptions:
     first_sequence: int = 0
     expert_input_ids: Mapping[str, Any] | None = None
     pcm_input_ids: Any = None
+    pcm_interval: int = 1
     streamer: Any = None
     logits_processor: Sequence[Callable[..., Any]] | Callable[..., Any] | None = None
     stopping_criteria: Sequence[Callable[..., Any]] | Callable[..., Any] | None = None
@@ -75,7 +78,7 @@ class GenerateOptions:
 
     def __post_init__(self) -> None:
         _ = self.rule, self.sampling, self.processors(())
-        for name in ("max_new_tokens", "num_return_sequences"):
+        for name in ("max_new_tokens", "num_return_sequences", "pcm_interval"):
             check_count(name, getattr(self, name))
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)!r}")

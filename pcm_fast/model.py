@@ -23,11 +23,15 @@ from pcm_fast.streaming import TextStreamer, iterate
 from pcm_fast.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from pcm_fast.backends.native import NativeDecoder
+    from pcm_fast.engine import Engine
     from pcm_fast.reference import Decoder
 
 __all__ = ["MixtureModel", "ModelSpec"]
 
 BACKENDS = ("auto", "reference", "native", "torch")
+KV_DTYPES = ("float32", "bfloat16")
+ACTIVATIONS = ("float32", "int8")
 LOGGER = logging.getLogger(__name__)
 WEIGHTS = ("auto", "float32", "bfloat16", "q8_0", "gguf")
 
@@ -51,7 +55,13 @@ class MixtureModel:
     """
 
     def __init__(
-        self, spec: ModelSpec, backend: str = "auto", weights: str = "auto", num_threads: int | None = None
+        self,
+        spec: ModelSpec,
+        backend: str = "auto",
+        weights: str = "auto",
+        num_threads: int | None = None,
+        kv_dtype: str = "float32",
+        activations: str = "float32",
     ) -> None:
         if not isinstance(spec, ModelSpec):
             raise TypeError(f"spec: expected a ModelSpec, got {spec!r}")
@@ -59,13 +69,19 @@ class MixtureModel:
             raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
         if weights not in WEIGHTS:
             raise ValueError(f"weights: expected one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
+        if kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype: expected one of {', '.join(map(repr, KV_DTYPES))}, got {kv_dtype!r}")
         if num_threads is not None:
             check_count("num_threads", num_threads)
             if num_threads < 1:
                 raise ValueError(f"num_threads: expected an integer >= 1 or None, got {num_threads}")
         self.spec = spec
-        self.backend = _choose_backend(spec, backend, weights)
-        self._weights = weights
+        if activations not in ACTIVATIONS:
+            raise ValueError(f"activations: expected one of {', '.join(map(repr, ACTIVATIONS))}, got {activations!r}")
+        if activations == "int8" and weights in ("float32", "bfloat16"):
+            raise ValueError(f"activations: expected 'float32' with weights={weights!r}, got 'int8'")
+        self.backend = _choose_backend(spec, backend, weights, kv_dtype, activations)
+        self._weights, self._kv_dtype, self._activations = weights, kv_dtype, activations
         self._num_threads = num_threads
 
     @classmethod
@@ -77,6 +93,8 @@ class MixtureModel:
         backend: str = "auto",
         weights: str = "auto",
         num_threads: int | None = None,
+        kv_dtype: str = "float32",
+        activations: str = "float32",
     ) -> MixtureModel:
         """Load a base, experts and a PCM.
 
@@ -91,6 +109,9 @@ class MixtureModel:
             backend: "auto", "reference", "native" or "torch".
             weights: "auto" keeps the checkpoint's own precision; "float32", "bfloat16", "q8_0", "gguf".
             num_threads: threads to compute on; None leaves it to the backend.
+            kv_dtype: what keys and values are kept in: "float32", or "bfloat16" in half the memory.
+            activations: what meets weights in 8- and 4-bit blocks: "float32", or "int8" (by groups of 32), which is
+                faster where many rows are read at once, and less exact.
 
         Raises:
             LoadError: a file is missing, malformed, or does not fit; names file and tensor.
@@ -102,7 +123,7 @@ class MixtureModel:
         loaded = load_experts(experts, checkpoint)
         names = [expert.name for expert in loaded]
         spec = ModelSpec(checkpoint, loaded, load_pcm(pcm, names, checkpoint))
-        return cls(spec, backend, weights, num_threads)
+        return cls(spec, backend, weights, num_threads, kv_dtype, activations)
 
     @property
     def expert_names(self) -> tuple[str, ...]:
@@ -127,9 +148,38 @@ class MixtureModel:
     def _backend(self) -> Backend:
         if self.backend == "reference":
             return self.reference
+        return self._native
+
+    @functools.cached_property
+    def _native(self) -> NativeDecoder:
         from pcm_fast.backends.native import NativeDecoder
 
-        return NativeDecoder(self.spec, self._weights, self._num_threads)
+        return NativeDecoder(self.spec, self._weights, self._num_threads, self._kv_dtype, self._activations)
+
+    def engine(self, max_batch: int = 32, kv_blocks: int | None = None, prefill_chunk: int = 256) -> Engine:
+        """An engine for requests that come in at any time. It shares this model's weights, and has its own KV cache.
+
+        Args:
+            max_batch: sequences that run at once; the others wait.
+            kv_blocks: size of the KV cache of each model that runs (most mixtures have one), in blocks of 16 tokens of
+                one row; a sequence has a row for each of its experts, and one for a learned PCM. None: room for
+                max_batch sequences of 1024 tokens, or a quarter of the machine's memory if that is less. Memory is
+                taken as blocks are first used.
+            prefill_chunk: row-tokens that a step reads at most while prompts are being read, those of the sequences
+                that already answer aside: fewer make answers come more evenly, more read prompts faster.
+
+        Raises:
+            TypeError, ValueError: a bad argument; or the model runs on another backend than "native".
+        """
+        for name, value in (("max_batch", max_batch), ("kv_blocks", kv_blocks), ("prefill_chunk", prefill_chunk)):
+            if value is None and name == "kv_blocks":
+                continue
+            check_count(name, value)  # type: ignore[arg-type]
+            if value < 1:  # type: ignore[operator]
+                raise ValueError(f"{name}: expected an integer >= 1, got {value}")
+        if self.backend != "native":
+            raise ValueError(f"backend: an engine needs the 'native' backend, and this model runs on {self.backend!r}")
+        return self._native.engine(max_batch, kv_blocks, prefill_chunk)
 
     def generate(
         self,
@@ -159,6 +209,7 @@ class MixtureModel:
         first_sequence: int = 0,
         expert_input_ids: Mapping[str, Any] | None = None,
         pcm_input_ids: Any = None,
+        pcm_interval: int = 1,
         streamer: Any = None,
         logits_processor: Sequence[Callable[..., Any]] | Callable[..., Any] | None = None,
         stopping_criteria: Sequence[Callable[..., Any]] | Callable[..., Any] | None = None,
@@ -198,6 +249,8 @@ class MixtureModel:
             expert_input_ids: by name, the whole prompt [B, ...] of an expert, in place of its system turn and
                 input_ids.
             pcm_input_ids: likewise for a learned PCM, the preference included.
+            pcm_interval: the PCM weighs the experts anew before every so many-th token of an answer, and its last
+                weights hold in between: an approximation unless it is 1.
             streamer: an object with ``put`` and ``end``, as transformers' streamers; for one sequence only.
             logits_processor: Hugging Face processors, each called with (input_ids [B, L], log-probabilities [B, V]).
             stopping_criteria: Hugging Face criteria, called likewise.
@@ -234,6 +287,7 @@ class MixtureModel:
             first_sequence=first_sequence,
             expert_input_ids=expert_input_ids,
             pcm_input_ids=pcm_input_ids,
+            pcm_interval=pcm_interval,
             streamer=streamer,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
@@ -358,12 +412,12 @@ class MixtureModel:
         return iterate(lambda callback: self.chat(messages, streamer=callback, **options))
 
 
-def _choose_backend(spec: ModelSpec, backend: str, weights: str) -> str:
+def _choose_backend(spec: ModelSpec, backend: str, weights: str, kv_dtype: str, activations: str) -> str:
     """The backend that runs, for what was asked for."""
     if backend == "torch":
         raise ValueError("backend: this build of pcm-fast has no 'torch' backend; expected 'native' or 'reference'")
     if backend != "reference":
-        from pcm_fast.backends.native import reason_against
+        from pcm_fast.backends.native_models import reason_against
 
         reason = reason_against(spec)
         if reason is None:
@@ -374,5 +428,13 @@ def _choose_backend(spec: ModelSpec, backend: str, weights: str) -> str:
     if weights not in ("auto", "float32"):
         raise ValueError(
             f"weights: the reference backend computes in float32; expected 'auto' or 'float32', got {weights!r}"
+        )
+    if kv_dtype != "float32":
+        raise ValueError(
+            f"kv_dtype: the reference backend keeps keys and values in float32; expected 'float32', got {kv_dtype!r}"
+        )
+    if activations != "float32":
+        raise ValueError(
+            f"activations: the reference backend computes in float32; expected 'float32', got {activations!r}"
         )
     return "reference"

@@ -21,7 +21,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _NUMPY_NAMES = {np.dtype(np.float32): "float32", np.dtype(np.float16): "float16"}  # quicker than asking for the name
 _ISAS = tuple(_native.isas())
-_MERGES = {"linear": 0, "log_linear": 1, "power": 2}
+MERGES = {"linear": 0, "log_linear": 1, "power": 2}
 _STATUS = {1: "NaN or +inf", 2: "no token left: all -inf, or excluded under these weights"}
 
 
@@ -111,7 +111,7 @@ def mix_sample(
                     expert_logprobs[b, i] = sampling.merge_log_probs(row[i : i + 1], [1.0])[draws.tokens[b]]
     elif batch:
         statuses = _sampler(num_threads).mix_sample(
-            logits.view(), weights, _MERGES[rule.kind], rule.exponent, draws.native(), None, expert_logprobs
+            logits.view(), weights, MERGES[rule.kind], rule.exponent, draws.native(), None, expert_logprobs
         )
         _raise_for("expert_logits", statuses)
     results: list[Any] = [draws.tokens, draws.logprobs] + ([expert_logprobs] if expert_logprobs is not None else [])
@@ -135,7 +135,7 @@ def merge_log_probs(
             log_probs[b] = _named(b, lambda row=row, b=b: sampling.merge_log_probs(row, weights[b], rule))
     elif batch:
         statuses = _sampler(num_threads).mix_sample(
-            logits.view(), weights, _MERGES[rule.kind], rule.exponent, None, log_probs, None
+            logits.view(), weights, MERGES[rule.kind], rule.exponent, None, log_probs, None
         )
         _raise_for("expert_logits", statuses)
     return logits.like(log_probs)

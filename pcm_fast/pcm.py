@@ -39,6 +39,9 @@ Tokens = npt.NDArray[np.int64]
 class PCMContext:
     """What a callable PCM is shown before every token of a batch of B sequences.
 
+    The reference backend shows it all rows of a call at once; the native one shows them one by one (B = 1), since each
+    goes on at its own pace.
+
     Attributes:
         preference: the preference; ``.text``, ``.strengths`` and ``.active`` (indices of the active experts).
         expert_names: names of all K experts, in the order of the weights.
@@ -46,6 +49,7 @@ class PCMContext:
         generated: B arrays int64 [step], the tokens generated so far; after the end of its sequence a row repeats the
             pad token.
         step: number of tokens generated so far, 0 before the first.
+        rows: which rows of the request the B sequences are.
     """
 
     preference: ResolvedPreference
@@ -53,6 +57,7 @@ class PCMContext:
     prompts: tuple[Tokens, ...]
     generated: tuple[Tokens, ...]
     step: int
+    rows: tuple[int, ...] = ()
 
 
 PCMFunction = Callable[[PCMContext], npt.ArrayLike | Mapping[str, float]]
@@ -77,7 +82,7 @@ class FixedPCM:
 
 @dataclass(frozen=True, slots=True)
 class CallablePCM:
-    """Weights from a function, called once a token with a PCMContext.
+    """Weights from a function, called before every token with a PCMContext.
 
     It returns a mapping from expert to weight for all rows, or an array [K] for all rows or [B, K], K counting all
     experts. Weights are finite, and not negative unless merge="log_linear". Under the other rules they are divided by

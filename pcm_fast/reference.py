@@ -93,9 +93,10 @@ class Decoder:
                 # 1. Every expert reads on in its own context.
                 expert_log_p = torch.stack([reader.read().logits[:, -1].float().log_softmax(-1) for reader in experts])
 
-                # 2. The weights [B, K] for this token.
-                hidden = pcm[0].read().last_hidden_state[:, -1].float().numpy() if pcm else None
-                weights = mixture.step_weights(request.batch.rows, list(generated), hidden)
+                # 2. The weights [B, K] for this token; with pcm_interval > 1 those of an earlier token may still hold.
+                if step % options.pcm_interval == 0:
+                    hidden = pcm[0].read().last_hidden_state[:, -1].float().numpy() if pcm else None
+                    weights = mixture.step_weights(request.batch.rows, list(generated), hidden)
 
                 # 3. The merge.
                 log_p = merge(expert_log_p, torch.from_numpy(weights[:, running]), mixture.rule)
@@ -188,8 +189,10 @@ class Reader:
             self._mask[row, longest - len(context) :] = 1
         self._cache: Any = None
         accepted = inspect.signature(model.forward).parameters
-        if "past_key_values" not in accepted:
-            raise ValueError(f"{type(model).__name__}: expected a model with a KV cache (past_key_values)")
+        names = [name for name in ("cache", "past_key_values") if name in accepted]  # by the release of transformers
+        if not names:
+            raise ValueError(f"{type(model).__name__}: expected a model with a KV cache (cache or past_key_values)")
+        self._cache_name = names[0]
         # Architectures that know no positions (ALiBi, for one) take none.
         self._positions = "position_ids" in accepted
         self._arguments = {name: value for name, value in arguments.items() if name in accepted}
@@ -203,17 +206,18 @@ class Reader:
         output = self._model(
             input_ids=self._unread,
             attention_mask=self._mask,
-            past_key_values=self._cache,
             use_cache=True,
+            **{self._cache_name: self._cache},
             **arguments,
         )
-        self._cache = output.past_key_values
+        self._cache = output[self._cache_name]
+        self._unread = self._unread[:, :0]
         return output
 
     def append(self, tokens: torch.Tensor) -> None:
-        """One more token [B] for each row, to be read next."""
-        self._unread = tokens[:, None]
-        self._mask = torch.cat([self._mask, torch.ones_like(self._unread)], dim=1)
+        """One more token [B] for each row, to be read at the next ``read``."""
+        self._unread = torch.cat([self._unread, tokens[:, None]], dim=1)
+        self._mask = torch.cat([self._mask, torch.ones_like(tokens[:, None])], dim=1)
 
 
 def merge(expert_log_p: torch.Tensor, weights: torch.Tensor, rule: MergeRule) -> torch.Tensor:

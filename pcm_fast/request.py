@@ -42,13 +42,16 @@ class Mixture:
     weights: Float32 | None
     pcm: PCM
 
-    def step_weights(self, prompts: Rows, generated: Sequence[Tokens], hidden: Float32 | None) -> Float32:
+    def step_weights(
+        self, prompts: Rows, generated: Sequence[Tokens], hidden: Float32 | None, rows: Sequence[int] | None = None
+    ) -> Float32:
         """Mixture weights [B, K] for the next token of B rows.
 
         Args:
             prompts: B arrays, the prompts.
             generated: B arrays [step], the tokens so far.
             hidden: [B, d] float32, the last hidden states of a learned PCM; None for another kind.
+            rows: which rows of the request these are; None: all of them.
         """
         if self.weights is not None:
             return np.repeat(self.weights[None], len(prompts), axis=0)
@@ -56,7 +59,8 @@ class Mixture:
             assert hidden is not None
             return self.pcm.weights(hidden, self.preference.active)
         assert isinstance(self.pcm, CallablePCM)
-        context = PCMContext(self.preference, self.expert_names, prompts, tuple(generated), len(generated[0]))
+        indices = tuple(range(len(prompts)) if rows is None else rows)
+        context = PCMContext(self.preference, self.expert_names, prompts, tuple(generated), len(generated[0]), indices)
         return called_weights(self.pcm, context, self.rule)
 
 

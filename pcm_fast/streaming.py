@@ -20,7 +20,12 @@ class TextStreamer:
     """A streamer for ``generate`` that gives text to a callback in pieces; joined, they are the decoded answer.
 
     A piece ends at the end of a character: bytes of a character that is not complete are kept back.
+
+    Attributes:
+        takes_arrays: that ``put`` is given NumPy arrays. Others get tensors, and torch takes seconds to import.
     """
+
+    takes_arrays = True
 
     def __init__(self, tokenizer: Tokenizer, callback: Callable[[str], Any]) -> None:
         self._tokenizer = tokenizer
@@ -87,14 +92,17 @@ def iterate(produce: Callable[[Callable[[str], None]], Any]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def streaming(streamer: Any, prompt: npt.NDArray[np.int64]) -> Iterator[Callable[[npt.NDArray[np.int64]], None]]:
-    """A function that passes tokens [B] on to a Hugging Face streamer; the end is told to it whatever happens."""
+    """A function that passes tokens [B] on to a streamer; the end is told to it whatever happens."""
     if streamer is None:
         yield lambda tokens: None
         return
-    import torch
+    given: Callable[[npt.NDArray[np.int64]], Any] = np.asarray
+    if not getattr(streamer, "takes_arrays", False):
+        import torch
 
+        given = torch.from_numpy
     try:
-        streamer.put(torch.from_numpy(prompt))
-        yield lambda tokens: streamer.put(torch.from_numpy(tokens))
+        streamer.put(given(prompt))
+        yield lambda tokens: streamer.put(given(tokens))
     finally:
         streamer.end()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports transformers: no test may ask a hub
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run in NumPy here
 
 import numpy as np
 import pytest

@@ -37,6 +37,16 @@ def test_help_names_every_command_and_imports_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_generate_imports_neither_torch_nor_transformers():
+    program = (
+        "import sys; from pcm_fast.cli import main\n"
+        "sys.argv = ['pcm-fast', 'generate', 'Hi', '--max-new-tokens', '2']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "sys.exit(str([m for m in ('torch', 'transformers') if m in sys.modules]))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stderr.strip() == "[]"
+
+
 def test_version_and_info():
     assert run("--version").stdout == f"pcm-fast {__version__}\n"
     result = run("info", "--base", "smollm2-135m-instruct", PCM_FAST_ISA="generic")

@@ -12,7 +12,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pcm_fast.kv_cache import KvCacheManager, OutOfBlocks, OutOfRows
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ["tests/cpp/kv_cache_driver.cpp", "csrc/kv_cache.cpp", "csrc/prefix_index.cpp", "csrc/kv_storage.cpp"]
+SOURCES = [
+    "tests/cpp/kv_cache_driver.cpp",
+    "csrc/kv_cache.cpp",
+    "csrc/prefix_index.cpp",
+    "csrc/kv_storage.cpp",
+    "csrc/arena.cpp",
+]
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from pcm_fast import MixtureModel, _native, reference
-from pcm_fast.backends.native import reason_against
+from pcm_fast.adapter import Adapter, AdapterSite
 from pcm_fast.backends.native_model import inverse_frequencies
+from pcm_fast.backends.native_models import reason_against
 from pcm_fast.checkpoint import StoredTensor
 from pcm_fast.experts import Expert
 from pcm_fast.loader import load_checkpoint
@@ -174,6 +175,37 @@ def test_every_weight_format_is_read_exactly(tiny_models, isa, kind):
     assert divergence < 1e-7
 
 
+def test_formats_may_differ_within_a_layer(tiny_models, isa):
+    checkpoint = load_checkpoint(tiny_models["llama_biased"])
+    tensors = dict(checkpoint.tensors)
+    kinds = {"q_proj": "Q4_1", "k_proj": "Q8_0", "v_proj": "BF16", "gate_proj": "Q8_0", "up_proj": "Q4_0"}
+    for site, kind in kinds.items():
+        only = {name: tensor for name, tensor in tensors.items() if site in name and len(tensor.shape) == 2}
+        tensors |= requantised(dataclasses.replace(checkpoint, tensors=only), kind).tensors
+    checkpoint = dataclasses.replace(checkpoint, tensors=tensors)
+    spec = ModelSpec(checkpoint, (Expert("base", None, None, None),), load_pcm("uniform", ["base"], checkpoint))
+    native, reference = both(spec, "auto")
+    ids = tokens_of(11, 2, 40)
+    greatest, divergence = difference(native.log_probs(ids), reference.log_probs(ids))
+    assert greatest < 1e-3
+    assert divergence < 1e-7
+    coarse = MixtureModel(spec, backend="native", activations="int8", num_threads=2)
+    assert 1e-7 < difference(coarse.log_probs(ids), reference.log_probs(ids))[1] < 0.1
+
+
+def test_8_bit_activations_need_weights_in_blocks(tiny_models):
+    checkpoint = load_checkpoint(tiny_models["llama"])
+    spec = ModelSpec(checkpoint, (Expert("base", None, None, None),), load_pcm("uniform", ["base"], checkpoint))
+    with pytest.raises(ValueError, match="activations: expected one of 'float32', 'int8', got 'int4'"):
+        MixtureModel(spec, activations="int4")
+    with pytest.raises(ValueError, match="activations: expected 'float32' with weights='bfloat16', got 'int8'"):
+        MixtureModel(spec, activations="int8", weights="bfloat16")
+    with pytest.raises(ValueError, match="activations: the reference backend computes in float32"):
+        MixtureModel(spec, activations="int8", backend="reference")
+    with pytest.raises(ValueError, match="activations: 'int8' expects weights in blocks"):
+        MixtureModel(spec, activations="int8").generate([[3, 4]], max_new_tokens=1)
+
+
 TEXT = (
     "The tides are the rise and fall of the sea, caused by the pull of the moon and the sun on the turning earth. "
     "Twice a day the water comes up the beach, covers the rocks and the sand, and goes away again. Fishermen know "
@@ -204,6 +236,13 @@ def test_smollm2_from_its_own_blocks(smollm2, isa):
     greatest, divergence = difference(ours, expected[:, :count])
     assert greatest < 1e-3
     assert divergence < 1e-7
+
+
+def test_8_bit_activations_stay_close(smollm2, isa):
+    spec, ids, expected = smollm2
+    count = 60 if isa == "generic" else len(ids)
+    ours = MixtureModel(spec, backend="native", activations="int8").log_probs([ids[:count]])
+    assert difference(ours, expected[:, :count])[1] < 1.5e-2
 
 
 @pytest.mark.parametrize(("weights", "most", "divergence"), [("bfloat16", 0.1, 5e-4), ("q8_0", 0.3, 5e-3)])
@@ -237,16 +276,28 @@ def test_rotary_frequencies_are_those_of_transformers(family, tiny_models):
     np.testing.assert_allclose(inverse_frequencies(checkpoint.config), expected, rtol=1e-6)
 
 
-def test_what_it_does_not_run_is_said(tiny_models, make_tiny_model, tmp_path, caplog):
+def test_what_it_does_not_run_is_said(tiny_models, caplog):
     checkpoint = load_checkpoint(tiny_models["llama"])
-    whole = Expert("whole", None, None, checkpoint)
-    spec = ModelSpec(checkpoint, (whole,), load_pcm("uniform", ["whole"], checkpoint))
-    assert reason_against(spec) == "an expert with weights of its own"
-    with pytest.raises(ValueError, match="backend: the native backend does not run an expert with weights of its own"):
-        MixtureModel(spec, backend="native")
+    base = Expert("base", None, None, None)
+    odd = dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, intermediate_size=100))
+    unknown = dataclasses.replace(checkpoint, config=None, family_reason="the architecture 'gpt2'")
+    short = dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, vocab_size=300))
+    embedding = Adapter(
+        None, {"model.embed_tokens": AdapterSite(np.ones((1, 4), np.float32), np.ones((4, 1), np.float32), 1.0)}
+    )
+    for expert, reason in [
+        (Expert("own", None, None, odd), "intermediate_size 100 is no multiple of 16 (expert 'own')"),
+        (Expert("own", None, None, unknown), "the architecture 'gpt2' (expert 'own')"),
+        (Expert("own", None, None, short), "a vocabulary of 300 tokens (expert 'own')"),
+        (Expert("own", embedding, None, None), "an adapter on model.embed_tokens"),
+    ]:
+        spec = ModelSpec(checkpoint, (base, expert), load_pcm("uniform", ["base", "own"], checkpoint))
+        assert reason_against(spec) == reason
+        with pytest.raises(ValueError, match=r"backend: the native backend does not run .*; use backend='reference'"):
+            MixtureModel(spec, backend="native")
     assert MixtureModel(spec).backend == "reference"
     assert "running on the slow reference backend" in caplog.text
-    plain = ModelSpec(checkpoint, (Expert("base", None, None, None),), load_pcm("uniform", ["base"], checkpoint))
+    plain = ModelSpec(checkpoint, (base,), load_pcm("uniform", ["base"], checkpoint))
     assert MixtureModel(plain).backend == "native"
     with pytest.raises(ValueError, match="weights: expected a GGUF file for 'gguf'"):
         MixtureModel(plain, weights="gguf").generate([[3, 4]], max_new_tokens=1)

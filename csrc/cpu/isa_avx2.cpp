@@ -6,5 +6,5 @@
 #include "cpu/mix_sample_blocks.h"
 
 namespace pcm::avx2 {
-const Isa kIsa{"avx2", mix_sample_kernels(), decoder_kernels()};
+constinit const Isa kIsa{"avx2", kMixSampleKernels, kDecoderKernels};
 }

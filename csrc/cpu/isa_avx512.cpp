@@ -6,5 +6,5 @@
 #include "cpu/mix_sample_blocks.h"
 
 namespace pcm::avx512 {
-const Isa kIsa{"avx512", mix_sample_kernels(), decoder_kernels()};
+constinit const Isa kIsa{"avx512", kMixSampleKernels, kDecoderKernels};
 }

@@ -6,5 +6,5 @@
 #include "cpu/mix_sample_blocks.h"
 
 namespace pcm::generic {
-const Isa kIsa{"generic", mix_sample_kernels(), decoder_kernels()};
+constinit const Isa kIsa{"generic", kMixSampleKernels, kDecoderKernels};
 }

@@ -165,9 +165,7 @@ static float log_scalar(float x) {
   return lanes[0];
 }
 
-static MixSampleKernels mix_sample_kernels() {
-  return {max_block,  exp_block,  merge_block, normalize_block, temper_block,
-          keep_block, find_block, log_scalar,  convert_f16};
-}
+static constexpr MixSampleKernels kMixSampleKernels = {
+    max_block, exp_block, merge_block, normalize_block, temper_block, keep_block, find_block, log_scalar, convert_f16};
 
 }  // namespace pcm::PCM_ISA

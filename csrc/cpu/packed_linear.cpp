@@ -52,15 +52,16 @@ int64_t PackedLinear::row_bytes(Format format, int in) {
   return in % kGroup == 0 ? static_cast<int64_t>(in) / kGroup * (2 * layout.scales + layout.value_bytes) : -1;
 }
 
-PackedLinear::PackedLinear(Format format, int out, int in, const uint8_t* rows) : format_(format), out_(out), in_(in) {
+PackedLinear::PackedLinear(Format format, int out, int in, const uint8_t* rows, Arena& arena)
+    : format_(format), out_(out), in_(in) {
   const int64_t stride = row_bytes(format, in);
   panel_bytes_ = static_cast<size_t>(stride) * kPanel;
-  data_.assign(panel_bytes_ * panels(), 0);
+  data_ = arena.take(panel_bytes_ * panels());
   const Layout layout = layout_of(format);
   const int64_t block = 2 * layout.scales + layout.value_bytes;
   for (int o = 0; o < out; ++o) {
     const uint8_t* row = rows + o * stride;
-    uint8_t* panel = data_.data() + (o / kPanel) * panel_bytes_;
+    uint8_t* panel = data_ + (o / kPanel) * panel_bytes_;
     const int lane = o % kPanel;
     if (layout.scales == 0) {
       const size_t item = item_bytes(format);
@@ -73,11 +74,11 @@ PackedLinear::PackedLinear(Format format, int out, int in, const uint8_t* rows) 
       uint8_t* group = panel + g * block * kPanel;
       for (int s = 0; s < layout.scales; ++s) std::memcpy(group + (s * kPanel + lane) * 2, stored + 2 * s, 2);
       const uint8_t* values = stored + 2 * layout.scales;
-      uint8_t* packed = group + 2 * layout.scales * kPanel + lane;
+      uint8_t* words = group + 2 * layout.scales * kPanel + lane * 4;
       for (int i = 0; i < layout.value_bytes; ++i) {
-        packed[i * kPanel] = format == Format::kQ8_0
-                                 ? values[i]
-                                 : static_cast<uint8_t>(nibble(values, 2 * i) | nibble(values, 2 * i + 1) << 4);
+        words[i / 4 * 4 * kPanel + i % 4] =
+            format == Format::kQ8_0 ? values[i] ^ 0x80
+                                    : static_cast<uint8_t>(nibble(values, 2 * i) | nibble(values, 2 * i + 1) << 4);
       }
     }
   }
@@ -97,12 +98,13 @@ void PackedLinear::row(int index, float* values) const {
       const uint8_t* group =
           start + static_cast<size_t>(k / kGroup) * (2 * layout.scales + layout.value_bytes) * kPanel;
       const float scale = from_f16(read16(group + lane * 2));
-      const uint8_t* packed = group + 2 * layout.scales * kPanel + lane;
+      const uint8_t* words = group + 2 * layout.scales * kPanel + lane * 4;
+      const auto byte = [&](int i) { return words[i / 4 * 4 * kPanel + i % 4]; };
       const int i = k % kGroup;
       if (format_ == Format::kQ8_0) {
-        values[k] = static_cast<float>(static_cast<int8_t>(packed[i * kPanel])) * scale;
+        values[k] = static_cast<float>(byte(i) - 128) * scale;
       } else {
-        const auto q = static_cast<float>(i % 2 == 0 ? packed[i / 2 * kPanel] & 15 : packed[i / 2 * kPanel] >> 4);
+        const auto q = static_cast<float>(i % 2 == 0 ? byte(i / 2) & 15 : byte(i / 2) >> 4);
         const float least = format_ == Format::kQ4_1 ? from_f16(read16(group + (kPanel + lane) * 2)) : -8 * scale;
         values[k] = q * scale + least;
       }

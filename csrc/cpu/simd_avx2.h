@@ -97,13 +97,42 @@ static inline Vec load_bf16(const uint16_t* p) {
   const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16))};
 }
-static inline Vec load_int8(const uint8_t* p) {
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+
+struct Words {
+  __m256i v;
+};
+static inline Words load_words(const uint8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+// Left where they are in the word, codes need no shift; their inputs are scaled down instead, which is exact.
+constexpr bool kCodesInPlace = true;
+static inline Vec nibble(Words w, int index) {
+  if (index == 7) return {_mm256_cvtepi32_ps(_mm256_srli_epi32(w.v, 28))};  // the sign bit is no place for it
+  return {_mm256_cvtepi32_ps(_mm256_and_si256(w.v, _mm256_set1_epi32(15 << (4 * index))))};
 }
-static inline void load_nibbles(const uint8_t* p, Vec* low, Vec* high) {
-  const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  *low = {_mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15)))};
-  *high = {_mm256_cvtepi32_ps(_mm256_srli_epi32(x, 4))};
+static inline Vec byte(Words w, int index) {
+  if (index == 3) return {_mm256_cvtepi32_ps(_mm256_srli_epi32(w.v, 24))};
+  return {_mm256_cvtepi32_ps(_mm256_and_si256(w.v, _mm256_set1_epi32(255 << (8 * index))))};
 }
+
+struct Bytes {
+  __m256i v;
+};
+static inline Bytes broadcast_bytes(const int8_t* p) {
+  return {_mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(p)))};
+}
+static inline Words even_nibbles(Words w) { return {_mm256_and_si256(w.v, _mm256_set1_epi8(15))}; }
+static inline Words odd_nibbles(Words w) { return {_mm256_and_si256(_mm256_srli_epi16(w.v, 4), _mm256_set1_epi8(15))}; }
+struct ByteSum {
+  __m256i pairs = _mm256_setzero_si256(), wide = _mm256_setzero_si256();  // 16 and 32 bits
+  void add(Words codes, Bytes bytes) { pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(codes.v, bytes.v)); }
+  void add_biased(Words codes, Bytes bytes) {
+    // The products of bytes do not fit 16 bits in pairs unless one is taken without its sign.
+    const __m256i code = _mm256_xor_si256(codes.v, _mm256_set1_epi8(-128));
+    const __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(bytes.v, code));
+    wide = _mm256_add_epi32(wide, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+  }
+  Vec total() const {
+    return {_mm256_cvtepi32_ps(_mm256_add_epi32(wide, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))))};
+  }
+};
 
 }  // namespace pcm::PCM_ISA

@@ -87,15 +87,43 @@ static inline Vec load_bf16(const uint16_t* p) {
   const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))};
 }
-static inline Vec load_int8(const uint8_t* p) {
-  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
-}
+
+struct Words {
+  __m512i v;
+};
+static inline Words load_words(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+constexpr bool kCodesInPlace = false;
 // A permutation looks at the low four bits of its indices alone: a table of 0 to 15 turns nibbles into floats.
-static inline void load_nibbles(const uint8_t* p, Vec* low, Vec* high) {
+static inline Vec nibble(Words w, int index) {
   const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  *low = {_mm512_permutexvar_ps(x, table)};
-  *high = {_mm512_permutexvar_ps(_mm512_srli_epi32(x, 4), table)};
+  return {_mm512_permutexvar_ps(index == 0 ? w.v : _mm512_srli_epi32(w.v, 4 * index), table)};
 }
+static inline Vec byte(Words w, int index) {
+  const __m512i shifted = index == 0 ? w.v : _mm512_srli_epi32(w.v, 8 * index);
+  return {_mm512_cvtepi32_ps(index == 3 ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi32(255)))};
+}
+
+struct Bytes {
+  __m512i v;
+};
+static inline Bytes broadcast_bytes(const int8_t* p) {
+  return {_mm512_castps_si512(_mm512_set1_ps(*reinterpret_cast<const float*>(p)))};
+}
+static inline Words even_nibbles(Words w) { return {_mm512_and_si512(w.v, _mm512_set1_epi8(15))}; }
+static inline Words odd_nibbles(Words w) { return {_mm512_and_si512(_mm512_srli_epi16(w.v, 4), _mm512_set1_epi8(15))}; }
+struct ByteSum {
+  __m512i pairs = _mm512_setzero_si512(), wide = _mm512_setzero_si512();  // 16 and 32 bits
+  void add(Words codes, Bytes bytes) { pairs = _mm512_add_epi16(pairs, _mm512_maddubs_epi16(codes.v, bytes.v)); }
+  void add_biased(Words codes, Bytes bytes) {
+    const __m512i code = _mm512_xor_si512(codes.v, _mm512_set1_epi8(-128));
+    const __m512i zero = _mm512_setzero_si512();
+    const __m512i flipped = _mm512_mask_sub_epi8(bytes.v, _mm512_movepi8_mask(code), zero, bytes.v);
+    const __m512i products = _mm512_maddubs_epi16(_mm512_abs_epi8(code), flipped);
+    wide = _mm512_add_epi32(wide, _mm512_madd_epi16(products, _mm512_set1_epi16(1)));
+  }
+  Vec total() const {
+    return {_mm512_cvtepi32_ps(_mm512_add_epi32(wide, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1))))};
+  }
+};
 
 }  // namespace pcm::PCM_ISA

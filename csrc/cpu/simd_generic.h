@@ -104,11 +104,41 @@ static inline Vec load_f16(const uint16_t* p) {
   return x;
 }
 static inline Vec load_bf16(const uint16_t* p) { return {from_bits(static_cast<int32_t>(uint32_t{*p} << 16))}; }
-static inline Vec load_int8(const uint8_t* p) { return {static_cast<float>(static_cast<int8_t>(*p))}; }
-// The low and the high nibbles of kLanes bytes.
-static inline void load_nibbles(const uint8_t* p, Vec* low, Vec* high) {
-  *low = {static_cast<float>(*p & 15)};
-  *high = {static_cast<float>(*p >> 4)};
+
+// Words of 32 bits, one a lane, each of 8 nibbles or 4 bytes, all unsigned, the lowest bits first.
+struct Words {
+  uint32_t v;
+};
+static inline Words load_words(const uint8_t* p) {
+  Words w;
+  std::memcpy(&w.v, p, 4);
+  return w;
 }
+// Whether the numbers that nibble and byte give are those in the word times 2^(4 index) and 2^(8 index), save the last
+// one's.
+constexpr bool kCodesInPlace = false;
+static inline Vec nibble(Words w, int index) { return {static_cast<float>(w.v >> (4 * index) & 15)}; }
+static inline Vec byte(Words w, int index) { return {static_cast<float>(w.v >> (8 * index) & 255)}; }
+
+// For products of whole numbers: four bytes of a lane, and sums of products of unsigned codes and signed bytes.
+struct Bytes {
+  uint32_t v;
+};
+static inline Bytes broadcast_bytes(const int8_t* p) { return {load_words(reinterpret_cast<const uint8_t*>(p)).v}; }
+static inline Words even_nibbles(Words w) { return {w.v & 0x0F0F0F0Fu}; }
+static inline Words odd_nibbles(Words w) { return {w.v >> 4 & 0x0F0F0F0Fu}; }
+struct ByteSum {
+  int32_t v = 0;
+  void add(Words codes, Bytes bytes) { accumulate(codes.v, bytes.v, 0); }  // codes of at most 15, 8 times at most
+  void add_biased(Words codes, Bytes bytes) { accumulate(codes.v, bytes.v, 128); }  // codes less 128
+  Vec total() const { return {static_cast<float>(v)}; }
+
+ private:
+  void accumulate(uint32_t codes, uint32_t bytes, int bias) {
+    for (int i = 0; i < 32; i += 8) {
+      v += (static_cast<int>(codes >> i & 255) - bias) * static_cast<int8_t>(bytes >> i & 255);
+    }
+  }
+};
 
 }  // namespace pcm::PCM_ISA

@@ -37,9 +37,14 @@ ThreadPool::~ThreadPool() {
 
 void ThreadPool::share_out(int chunks, Job job, const void* body) {
   const uint32_t loop = loop_.load(std::memory_order_relaxed) + 1;
-  job_.store(job, std::memory_order_relaxed);
-  body_.store(body, std::memory_order_relaxed);
-  chunks_.store(chunks, std::memory_order_relaxed);
+  // A thread that is late for the loop before may read what follows, and must then find no ticket of that loop: it would
+  // take a chunk of this one by it.
+  for (int worker = 0; worker < size(); ++worker) {
+    tickets_[worker].next.store(uint64_t{loop} << 32 | 0xFFFFFFFFu, std::memory_order_relaxed);
+  }
+  job_.store(job, std::memory_order_release);
+  body_.store(body, std::memory_order_release);
+  chunks_.store(chunks, std::memory_order_release);
   done_.store(0, std::memory_order_relaxed);
   for (int worker = 0; worker < size(); ++worker) {
     const auto begin = static_cast<uint64_t>(stretch_begin(worker, chunks));
@@ -58,20 +63,20 @@ void ThreadPool::share_out(int chunks, Job job, const void* body) {
 }
 
 void ThreadPool::take_chunks(uint32_t loop, int worker) {
-  const Job job = job_.load(std::memory_order_relaxed);
-  const void* const body = body_.load(std::memory_order_relaxed);
-  const int chunks = chunks_.load(std::memory_order_relaxed);
+  const Job job = job_.load(std::memory_order_acquire);
+  const void* const body = body_.load(std::memory_order_acquire);
+  const int chunks = chunks_.load(std::memory_order_acquire);
   for (int offset = 0; offset < size(); ++offset) {
     const int owner = (worker + offset) % size();
     std::atomic<uint64_t>& next = tickets_[owner].next;
     uint64_t ticket = next.load(std::memory_order_acquire);
     for (;;) {
       if (static_cast<uint32_t>(ticket >> 32) != loop) return;
-      const int chunk = static_cast<int>(ticket & 0xFFFFFFFFu);
+      const auto chunk = static_cast<int64_t>(ticket & 0xFFFFFFFFu);
       if (chunk >= stretch_begin(owner + 1, chunks)) break;
       if (!next.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire))
         continue;
-      job(body, chunk, worker);
+      job(body, static_cast<int>(chunk), worker);
       done_.fetch_add(1, std::memory_order_release);
       ticket = next.load(std::memory_order_acquire);
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +11,8 @@ import numpy.typing as npt
 from pcm_fast import _native
 from pcm_fast.adapter import Adapter
 from pcm_fast.checkpoint import Checkpoint, ModelConfig, StoredTensor
-from pcm_fast.kv_cache import KvCacheManager, KvStorage
 
 Float32 = npt.NDArray[np.float32]
-Tokens = npt.NDArray[np.int64]
 
 SITES = (
     "self_attn.q_proj",
@@ -27,9 +24,8 @@ SITES = (
     "mlp.down_proj",
 )
 FORMATS = {"F32": 0, "BF16": 1, "Q8_0": 2, "Q4_0": 3, "Q4_1": 4}
+BLOCK_FORMATS = ("Q8_0", "Q4_0", "Q4_1")
 ROPE_TYPES = ("default", "linear", "llama3", "factors")
-BLOCK_SIZE = 16
-PREFILL_CHUNK = 256  # tokens in one pass over the weights
 
 
 def unsupported(config: ModelConfig) -> str | None:
@@ -44,16 +40,27 @@ def unsupported(config: ModelConfig) -> str | None:
 
 
 class NativeModel:
-    """One base in the C++ decoder, with the adapters its rows may carry."""
+    """One checkpoint in the C++ decoder, with the adapters its rows may carry.
+
+    Attributes:
+        config: its shape.
+        decoder: the C++ decoder.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, adapters: Sequence[Adapter], weights: str, isa: str, pool: _native.ThreadPool
+        self,
+        checkpoint: Checkpoint,
+        adapters: Sequence[Adapter],
+        weights: str,
+        activations: str,
+        isa: str,
+        pool: _native.ThreadPool,
     ) -> None:
         config = checkpoint.config
         assert config is not None
         self.config = config
         windows = [(config.sliding_window or 0) if slides else 0 for slides in config.sliding_layers]
-        self._decoder = _native.Decoder(
+        self.decoder = _native.Decoder(
             isa,
             pool,
             config.num_layers,
@@ -66,39 +73,42 @@ class NativeModel:
             config.rms_norm_eps,
             windows,
         )
+        in_blocks = weights == "q8_0" or any(t.dtype in BLOCK_FORMATS for t in checkpoint.tensors.values())
+        if activations == "int8" and not in_blocks:
+            raise ValueError(
+                f"activations: 'int8' expects weights in blocks of 8 or 4 bits, and {checkpoint.path.name} has none; "
+                "use weights='q8_0'"
+            )
+        self.decoder.int8_activations = activations == "int8"
         self._load(checkpoint.tensors, weights)
-        self._adapters = {id(adapter): self._decoder.add_adapter(_native_sites(adapter)) for adapter in adapters}
+        self._adapters = {
+            key: self.decoder.add_adapter(_native_sites(adapter, config.num_layers))
+            for key, adapter in {id(adapter): adapter for adapter in adapters}.items()
+        }
         self._positions = 0
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the packed weights and adapters."""
-        return self._decoder.num_bytes
+        return self.decoder.num_bytes
+
+    def profile(self) -> dict[str, float]:
+        """Seconds spent in each part of the decoder so far."""
+        return self.decoder.profile()
 
     def adapter_index(self, adapter: Adapter | None) -> int:
         """The number of an adapter among the decoder's; -1 for none."""
         return -1 if adapter is None else self._adapters[id(adapter)]
-
-    def forward(self, storage: KvStorage, *arrays: npt.NDArray[Any]) -> Float32:
-        """One pass over tokens, rows, positions and adapters [n] under block_tables; hidden states of those wanted."""
-        tokens, rows, positions, adapters, block_tables, wanted = (
-            array.astype(np.int32, copy=False) for array in arrays
-        )
-        return self._decoder.forward(storage, tokens, rows, positions, adapters, block_tables, wanted)
-
-    def logits(self, hidden: Float32, out: Float32) -> None:
-        """Logits [n, V] of hidden [n, d], into out."""
-        self._decoder.logits(hidden, out)
 
     def reserve_positions(self, count: int) -> None:
         """Have rotary factors for so many positions."""
         if count > self._positions:
             self._positions = 1024 * math.ceil(count / 1024)
             angles = np.outer(np.arange(self._positions, dtype=np.float32), inverse_frequencies(self.config))
-            self._decoder.set_rope(np.cos(angles), np.sin(angles))
+            self.decoder.set_rope(np.cos(angles), np.sin(angles))
 
     def _load(self, tensors: Mapping[str, StoredTensor], weights: str) -> None:
-        decoder, config = self._decoder, self.config
+        decoder, config = self.decoder, self.config
         decoder.set_embedding(*packed(tensors["model.embed_tokens.weight"], weights))
         if "lm_head.weight" in tensors:
             decoder.set_head(*packed(tensors["lm_head.weight"], weights))
@@ -116,64 +126,6 @@ class NativeModel:
                 decoder.set_linear(layer, site, kind, tensor.shape[0], tensor.shape[1], rows)
                 if config.has_bias(prefix + name):
                     decoder.set_bias(layer, site, tensors[f"{prefix}{name}.bias"].dequantize())
-
-
-class Rows:
-    """Contexts of different lengths that one model reads side by side, each with its own adapter and KV cache."""
-
-    def __init__(self, model: NativeModel, contexts: Sequence[Tokens], adapters: Sequence[int], more: int) -> None:
-        """Start rows with room for their contexts and `more` tokens after them."""
-        self._model = model
-        self._adapters = np.array(adapters, dtype=np.int32)
-        config = model.config
-        blocks = [math.ceil((len(context) + more) / BLOCK_SIZE) for context in contexts]
-        self._cache = KvCacheManager(
-            num_blocks=sum(blocks), block_size=BLOCK_SIZE, max_rows=len(contexts), max_blocks_per_row=max(blocks)
-        )
-        self._storage = KvStorage(
-            num_layers=config.num_layers,
-            num_blocks=sum(blocks),
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            block_size=BLOCK_SIZE,
-        )
-        self._rows = [self._cache.create_row(index, context[:1]) for index, context in enumerate(contexts)]
-        model.reserve_positions(max(map(len, contexts)) + more)
-
-    def read(self, contexts: Sequence[Tokens], last: int) -> Float32:
-        """Read the contexts, in passes of many tokens; the last hidden states of their last tokens, [R, last, d]."""
-        rows = np.repeat(np.arange(len(contexts)), [len(context) for context in contexts])
-        kept = np.concatenate([np.arange(len(context)) >= len(context) - last for context in contexts])
-        tokens = np.concatenate(contexts)
-        hidden = []
-        for start in range(0, len(tokens), PREFILL_CHUNK):
-            part = slice(start, start + PREFILL_CHUNK)
-            hidden.append(self._pass(tokens[part], rows[part], np.flatnonzero(kept[part])))
-        return np.concatenate(hidden).reshape(len(contexts), last, -1)
-
-    def step(self, tokens: Tokens, rows: npt.NDArray[np.intp]) -> Float32:
-        """Read one more token [n] in some of the rows [n]; their last hidden states [n, d]."""
-        return self._pass(tokens, rows, np.arange(len(rows)))
-
-    def _pass(self, tokens: Tokens, rows: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> Float32:
-        touched, first, counts = np.unique(rows, return_index=True, return_counts=True)
-        handles = [self._rows[row] for row in touched]
-        starts = np.repeat([self._cache.length(handle) for handle in handles], counts)
-        positions = starts + np.arange(len(rows)) - np.repeat(first, counts)
-        copies = self._cache.append_slots(handles, counts.tolist())
-        assert not copies
-        hidden = self._model.forward(
-            self._storage,
-            tokens,
-            np.repeat(handles, counts),
-            positions,
-            self._adapters[rows],
-            self._cache.block_tables,
-            wanted,
-        )
-        for handle, begin, count in zip(handles, first, counts, strict=True):
-            self._cache.commit(handle, tokens[begin : begin + count])
-        return hidden
 
 
 def packed(tensor: StoredTensor, weights: str) -> tuple[int, npt.NDArray[np.uint8]]:
@@ -213,10 +165,15 @@ def inverse_frequencies(config: ModelConfig) -> Float32:
     return result
 
 
-def _native_sites(adapter: Adapter) -> list[tuple[int, int, Float32, Float32]]:
+def _native_sites(adapter: Adapter, num_layers: int) -> list[tuple[int, int, Float32, Float32]]:
+    """Layer, site and factors of every site; that of the LM head stands in the layer after the last."""
     sites = []
     for path, factors in adapter.sites.items():
-        _, _, layer, name = path.split(".", 3)
+        if path == "lm_head":
+            layer, site = num_layers, 0
+        else:
+            _, _, number, name = path.split(".", 3)
+            layer, site = int(number), SITES.index(name)
         scaled = np.ascontiguousarray(factors.B.T * np.float32(factors.scaling), dtype=np.float32)
-        sites.append((int(layer), SITES.index(name), np.ascontiguousarray(factors.A, dtype=np.float32), scaled))
+        sites.append((layer, site, np.ascontiguousarray(factors.A, dtype=np.float32), scaled))
     return sites

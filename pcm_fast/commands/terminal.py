@@ -72,6 +72,8 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[str | No
 class TokenCount:
     """A streamer for ``generate`` that calls a function at every token; text is looked at later."""
 
+    takes_arrays = True
+
     def __init__(self, advance: Callable[[str | None], None]) -> None:
         self._advance = advance
         self._prompt_seen = False

@@ -1,4 +1,4 @@
-#include "cpu/isa.h"
+#include "cpu/isa_select.h"
 
 #include <stdexcept>
 

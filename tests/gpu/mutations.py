@@ -1,4 +1,4 @@
-"""One-line mistakes in the Triton kernels, for tests/mutate_kernels.py."""
+"""One-line mistakes in the Triton kernels, for tests/gpu/mutate_kernels.py."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ class Mutation(NamedTuple):
     def tests(self) -> str:
         """The test file that has to notice."""
         name = {"adapters.py": "adapters", "attention.py": "attention", "store_kv.py": "attention"}.get(self.file)
-        return f"tests/test_triton_{name or 'mix_sample'}.py"
+        return f"tests/gpu/test_{name or 'mix_sample'}.py"
 
 
 OF_THE_DECODER = [

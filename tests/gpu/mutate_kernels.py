@@ -1,6 +1,6 @@
-"""Breaks the Triton kernels one line at a time and expects the tests of tests/test_triton_*.py to notice every time.
+"""Breaks the Triton kernels one line at a time and expects the tests of tests/gpu/test_*.py to notice every time.
 
-    python tests/mutate_kernels.py [parts of descriptions]
+    python tests/gpu/mutate_kernels.py [parts of descriptions]
 
 Each mutation is made in a copy of the package, and the tests run on that copy until one fails. A mutation that no test
 notices, or that no longer fits the source, is a failure of this script.
@@ -22,8 +22,7 @@ import pytest
 import torch  # noqa: F401
 import triton.runtime.interpreter  # noqa: F401
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "helpers"))
+ROOT = Path(__file__).parents[2]
 from mix_sample_mutations import OF_MIX_SAMPLE  # noqa: E402
 from mutations import OF_THE_DECODER, Mutation  # noqa: E402
 
@@ -52,7 +51,7 @@ def start(mutation: Mutation | None, where: Path) -> int:
     os.dup2(log, 2)
     sys.path.insert(0, str(where))
     os.chdir(ROOT)
-    what = [mutation.tests, "-k", f"not ({mutation.but})"] if mutation else ["tests/test_triton_attention.py"]
+    what = [mutation.tests, "-k", f"not ({mutation.but})"] if mutation else ["tests/gpu/test_attention.py"]
     os._exit(pytest.main([*what, "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]))
 
 

@@ -1,4 +1,4 @@
-"""One-line mistakes in mix_sample, for tests/mutate_kernels.py."""
+"""One-line mistakes in mix_sample, for tests/gpu/mutate_kernels.py."""
 
 from mutations import Mutation
 

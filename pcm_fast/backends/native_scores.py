@@ -1,0 +1,103 @@
+"""Teacher forcing on C++ decoders: text that is given is read position by position, with everything but the draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pcm_fast import ops
+from pcm_fast.backends.native_models import NativeModels
+from pcm_fast.backends.native_runner import BLOCK_SIZE, NativeRunner, StepArrays
+from pcm_fast.sequence import Row
+from pcm_fast.step_plan import Reading
+from pcm_fast.teacher_forcing import ForcedRequest
+
+Float32 = npt.NDArray[np.float32]
+
+PREFILL_CHUNK = 256  # row-tokens in one pass over the weights
+POSITIONS_AT_ONCE = 32  # whose logits are held at a time
+
+
+def score(models: NativeModels, forced: ForcedRequest) -> Any:
+    """See ``MixtureModel.log_probs``."""
+    output = forced.empty_output()  # [B, T, V]
+    for b in range(len(output)):
+        length = forced.num_positions(b)
+        for start, log_p in _Text(models, forced, b).log_probs(length):
+            first = output.shape[1] - length + start
+            output[b, first : first + len(log_p)] = log_p
+    return forced.result(output)
+
+
+class _Text:
+    """One row of the text, as all of its readers read it."""
+
+    def __init__(self, models: NativeModels, forced: ForcedRequest, index: int) -> None:
+        self._forced, self._index, self._models = forced, index, models
+        running = forced.mixture.running
+        self._rows: list[Row] = []
+        for reader, contexts in [(models.experts[i], forced.contexts[i]) for i in running] + (
+            [] if forced.pcm_contexts is None else [(models.pcm, forced.pcm_contexts)]
+        ):
+            assert reader is not None
+            text = contexts[index].astype(np.int32)
+            self._rows.append(Row(reader, text, text))
+        blocks = [1 for _ in models.models]
+        for row in self._rows:
+            blocks[row.reader.model] += math.ceil(len(row.text) / BLOCK_SIZE)
+        self._runner = NativeRunner(models, blocks, 1)
+        for row in self._rows:
+            cache = self._runner.caches[row.reader.model]
+            row.slot = cache.create_row(row.reader.namespace, row.text)
+            cache.append_slots(row.slot, len(row.text))
+            self._runner.reserve_positions(row.reader.model, len(row.text))
+
+    def log_probs(self, length: int) -> Iterator[tuple[int, Float32]]:
+        """Merged log-probabilities [n, V] of the last `length` positions, n at a time, each with where it starts."""
+        forced, mixture, threads = self._forced, self._forced.mixture, self._models.num_threads
+        running = list(mixture.running)
+        given = None
+        if forced.pcm_contexts is None:
+            given = forced.position_weights(self._index, None)[:, running]
+        for row in self._rows:
+            while (ahead := len(row.text) - length - row.read) > 0:
+                self._read([(row, min(ahead, PREFILL_CHUNK))], StepArrays(0, 1), 0)
+        logits = np.empty((min(POSITIONS_AT_ONCE, length), len(running), forced.vocab_size), np.float32)
+        for start in range(0, length, POSITIONS_AT_ONCE):
+            count = min(POSITIONS_AT_ONCE, length - start)
+            arrays = StepArrays(count, len(running))
+            arrays.logits = list(logits[:count])
+            if given is not None:
+                arrays.weights[:] = given[start : start + count]
+            else:
+                arrays.head_rows[:] = running
+            self._read([(row, count) for row in self._rows], arrays, count)
+            yield (
+                start,
+                ops.merge_log_probs(logits[:count], arrays.weights, merge=mixture.rule, num_threads=threads),
+            )
+
+    def _read(self, reads: list[tuple[Row, int]], arrays: StepArrays, wanted: int) -> None:
+        """Let rows read on; the states of the last `wanted` tokens of each, experts first, go into the arrays."""
+        readings: dict[int, Reading] = {}
+        places = []
+        for row, count in reads:
+            reading = readings.setdefault(row.reader.model, Reading(row.reader.model))
+            first = reading.add(row, row.text[row.read : row.read + count].tolist(), wanted)
+            places.append((list(readings).index(row.reader.model), first))
+        for reading in readings.values():
+            reading.close()
+        experts = arrays.hidden.shape[1]
+        for i, (index, first) in enumerate(places if wanted else ()):
+            target = arrays.hidden[:, i] if i < experts else arrays.pcm
+            target[:, 0], target[:, 1] = index, np.arange(first, first + wanted)
+        arrays.close(self._runner.passes(list(readings.values())), self._models.head)
+        self._runner.call(arrays)
+        for reading in readings.values():
+            for row, start, count in reading.spans:
+                self._runner.caches[reading.model].commit(row.slot, reading.tokens[start : start + count])
+                row.read += count
