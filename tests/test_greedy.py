@@ -5,7 +5,7 @@ import pytest
 
 from pcm_fast import MixtureModel, reference
 from pcm_fast.experts import Expert
-from pcm_fast.pcm import LearnedPCM
+from pcm_fast.pcm import UniformPCM
 from pcm_fast.spec import ModelSpec
 
 NEW_TOKENS = 64
@@ -19,33 +19,21 @@ TOPICS = (
 
 @pytest.fixture(scope="module")
 def setting(embedded_checkpoint, random_adapter):
-    """Two adapters under a learned PCM, fifty prompts, and what the reference answers."""
+    """Two adapters, fifty prompts, and what the reference answers."""
     config = embedded_checkpoint.config
-    names = ("one", "two")
-    head = np.random.default_rng(3).normal(size=(2, config.hidden_size)).astype(np.float32) * np.float32(0.2)
-    pcm = LearnedPCM(
-        kind="shared",
-        experts=names,
-        template="{preference}",
-        weight=head,
-        bias=np.zeros(2, np.float32),
-        adapter=random_adapter(config, rank=4, seed=3, size=0.2),
-    )
     experts = (
         Expert("one", random_adapter(config, rank=8, seed=1, size=0.2)),
         Expert("two", random_adapter(config, rank=16, seed=2, size=0.2)),
     )
-    spec = ModelSpec(embedded_checkpoint, experts, pcm)
+    spec = ModelSpec(embedded_checkpoint, experts, UniformPCM())
     tokenizer = embedded_checkpoint.tokenizer
     turns = [[{"role": "user", "content": f"Tell me something about {topic}."}] for topic in TOPICS.split()]
     prompts = [list(tokenizer.apply_chat_template(turn, add_generation_prompt=True)) for turn in turns]
     assert len(prompts) == 50
     options = {
-        "preference": "any",
         "max_new_tokens": NEW_TOKENS,
         "do_sample": False,
         "return_dict_in_generate": True,
-        "pcm_input_ids": prompts,
     }
     return spec, prompts, options, reference.generate(spec, prompts, **options)
 

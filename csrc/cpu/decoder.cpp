@@ -273,8 +273,8 @@ void Decoder::tile(const Inputs& inputs, const Target& target, int index, int pa
   const int64_t groups_at = static_cast<int64_t>(first) * sums_stride_;
   const int codes = codes_of(w.format());
   if (int8_activations && has_groups(w.format())) {
-    const Int8Input input{bytes_[codes].data() + at, inputs.width, scales_.data() + groups_at, sums_.data() + groups_at,
-                          sums_stride_};
+    const Int8Input input{bytes_[codes].data() + at, inputs.width, scales_.data() + groups_at,
+                          sums_.data() + groups_at,  sums_stride_, ahead};
     isa_.decoder.panel_int8(w.format(), w.panel(panel), inputs.width, input, rows, out, kPanel);
   } else {
     const LinearInput input{

@@ -40,8 +40,10 @@ static void int8_tile(const uint8_t* panel, int in, const Int8Input& input, floa
   for (int r = 0; r < kRows; ++r) {
     for (int i = 0; i < kPanel; i += kLanes) store(out + r * out_stride + i, set1(0.0f));
   }
+  Fetcher fetcher(input.ahead, in / kGroup);
   for (int g = 0; g < in / kGroup; ++g, panel += G::kBytes) {
     for (int i = 0; i < G::kBytes; i += 64) __builtin_prefetch(panel + kPrefetch + i);
+    fetcher.fetch();
     for (int start = 0; start < kPanel; start += kVecs * kLanes) {
       ByteSum sums[kRows][kVecs];
       const uint8_t* words = panel + G::kWords + start * 4;
@@ -92,6 +94,7 @@ static void int8_format(const uint8_t* panel, int in, Int8Input input, int rows,
       default:
         int8_tile<kFormat, kInt8Rows>(panel, in, input, out, out_stride);
     }
+    input.ahead = {};
     input.bytes += kInt8Rows * input.stride;
     input.scales += kInt8Rows * input.groups_stride;
     input.group_sums += kInt8Rows * input.groups_stride;

@@ -77,6 +77,7 @@ struct Int8Input {
   int64_t stride;
   const float *scales, *group_sums;  // [rows][groups_stride]
   int64_t groups_stride;
+  Ahead ahead = {};
 };
 
 // The keys and values that the query heads of one key/value head of one token see.

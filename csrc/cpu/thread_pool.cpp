@@ -37,8 +37,8 @@ ThreadPool::~ThreadPool() {
 
 void ThreadPool::share_out(int chunks, Job job, const void* body) {
   const uint32_t loop = loop_.load(std::memory_order_relaxed) + 1;
-  // A thread that is late for the loop before may read what follows, and must then find no ticket of that loop: it would
-  // take a chunk of this one by it.
+  // A thread that is late for the loop before may read what follows, and must then find no ticket of that loop: it
+  // would take a chunk of this one by it.
   for (int worker = 0; worker < size(); ++worker) {
     tickets_[worker].next.store(uint64_t{loop} << 32 | 0xFFFFFFFFu, std::memory_order_relaxed);
   }
