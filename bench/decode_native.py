@@ -1,6 +1,5 @@
 """Mixtures through the package's own interface: the native decoder in every weight format, and the reference."""
 
-import inspect
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -94,15 +93,13 @@ class Clock:
 
 def weight_formats() -> dict[str, dict[str, str]]:
     """The formats that the native backend keeps weights in, by name: keywords of MixtureModel."""
-    formats: dict[str, dict[str, str]] = {
+    return {
         "GGUF weights": {"weights": "gguf"},
         "float32 weights": {"weights": "float32"},
         "bfloat16 weights": {"weights": "bfloat16"},
         "8-bit weights": {"weights": "q8_0"},
+        "GGUF weights, 8-bit activations": {"weights": "gguf", "activations": "int8"},
     }
-    if "activations" in inspect.signature(MixtureModel).parameters:
-        formats["GGUF weights, 8-bit activations"] = {"weights": "gguf", "activations": "int8"}
-    return formats
 
 
 def _profile(model: MixtureModel) -> Callable[[], dict[str, float]]:

@@ -84,28 +84,6 @@ py::dict profile(const Decoder& decoder) {
   return seconds;
 }
 
-// Runs tokens through the model; returns normalised hidden states [m, hidden] of the entries `wanted`.
-Array<float> forward(Decoder& decoder, KvStorage& kv, const Array<int32_t>& tokens, const Array<int32_t>& rows,
-                     const Array<int32_t>& positions, const Array<int32_t>& adapters,
-                     const Array<int32_t>& block_tables, const Array<int32_t>& wanted) {
-  const auto count = static_cast<int>(tokens.size()), kept = static_cast<int>(wanted.size());
-  const DecoderBatch batch{count,           tokens.data(),       rows.data(),          positions.data(),
-                           adapters.data(), block_tables.data(), block_tables.shape(1)};
-  Array<float> hidden({static_cast<py::ssize_t>(kept), static_cast<py::ssize_t>(decoder.shape().hidden)});
-  float* out = hidden.mutable_data();
-  py::gil_scoped_release release;
-  decoder.forward(batch, kv);
-  decoder.final_hidden(wanted.data(), kept, out);
-  return hidden;
-}
-
-void logits(Decoder& decoder, const Array<float>& hidden, Array<float>& out) {
-  const auto count = static_cast<int>(hidden.shape(0));
-  float* target = out.mutable_data();
-  py::gil_scoped_release release;
-  decoder.logits(hidden.data(), count, nullptr, target);
-}
-
 }  // namespace
 
 void bind_decoder(py::module_& m) {
@@ -145,8 +123,6 @@ void bind_decoder(py::module_& m) {
              decoder.rope_sin = floats(sin);
            })
       .def("add_adapter", &add_adapter)
-      .def("forward", &forward)
-      .def("logits", &logits)
       .def_readwrite("int8_activations", &Decoder::int8_activations)
       .def("profile", &profile)
       .def_property_readonly("num_bytes", &Decoder::bytes);

@@ -46,18 +46,6 @@ class Decoder:
     def add_adapter(
         self, sites: Sequence[tuple[int, int, npt.NDArray[np.float32], npt.NDArray[np.float32]]], /
     ) -> int: ...
-    def forward(
-        self,
-        kv: KvStorage,
-        tokens: npt.NDArray[np.int32],
-        rows: npt.NDArray[np.int32],
-        positions: npt.NDArray[np.int32],
-        adapters: npt.NDArray[np.int32],
-        block_tables: npt.NDArray[np.int32],
-        wanted: npt.NDArray[np.int32],
-        /,
-    ) -> npt.NDArray[np.float32]: ...
-    def logits(self, hidden: npt.NDArray[np.float32], out: npt.NDArray[np.float32], /) -> None: ...
     def profile(self) -> dict[str, float]: ...
     int8_activations: bool  # for weights in block formats
     @property
