@@ -60,7 +60,7 @@ def resolve_preference(
     outside = [names[i] for i in wanted if chosen is not None and i not in chosen]
     if outside:
         raise ValueError(f"preference: asks for {_quoted(outside)}, which active={list(active or ())!r} leaves out")
-    return ResolvedPreference(_in_words(strengths), strengths, chosen or wanted)
+    return ResolvedPreference(in_words(strengths), strengths, chosen or wanted)
 
 
 def check_strengths(argument: str, strengths: Mapping[str, float], expert_names: Sequence[str]) -> dict[str, float]:
@@ -127,8 +127,11 @@ def _active_indices(active: Sequence[str], names: tuple[str, ...]) -> tuple[int,
     return tuple(sorted(names.index(name) for name in active))
 
 
-def _in_words(strengths: Mapping[str, float]) -> str:
-    """``concise and friendly``, or ``concise (1), friendly (0.5)`` where the strengths differ; strongest first."""
+def in_words(strengths: Mapping[str, float]) -> str:
+    """A mapping as a learned PCM reads it, strongest first.
+
+    ``concise and friendly``, or ``concise (1), friendly (0.5)`` where the strengths differ.
+    """
     asked = sorted(((name, s) for name, s in strengths.items() if s > 0), key=lambda item: -item[1])
     if len({strength for _, strength in asked}) == 1:
         names = [name for name, _ in asked]

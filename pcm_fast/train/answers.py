@@ -20,14 +20,21 @@ class Answer:
         text: the answer, without special tokens.
         tokens: its ids, the end of sequence included.
         finished: whether it ended by itself.
-        fluency: mean log-likelihood of its tokens under the expert "base", nats.
+        likelihood: log-likelihood of its tokens under the expert "base", nats.
+        ending: the part of that which the end of sequence has; 0 if it did not end by itself.
     """
 
     key: str
     text: str
     tokens: list[int]
     finished: bool
-    fluency: float
+    likelihood: float
+    ending: float
+
+    @property
+    def fluency(self) -> float:
+        """Mean log-likelihood of a token of the text, nats; an early end is no lack of fluency."""
+        return (self.likelihood - self.ending) / max(1, len(self.tokens) - self.finished)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +96,15 @@ def draw_answers(
                 question = running.pop(output.request_id)
                 result = engine.result(output.request_id)
                 ids = result.sequences[0, -len(result.logprobs[0]) :].tolist()
+                likelihoods = result.expert_logprobs[0, :, base]
+                finished = output.finish_reason != "length"
                 answer = Answer(
                     key=question.key,
                     text=model.tokenizer.decode(ids).strip(),
                     tokens=ids,
-                    finished=output.finish_reason != "length",
-                    fluency=round(float(result.expert_logprobs[0, :, base].mean()), 4),
+                    finished=finished,
+                    likelihood=round(float(likelihoods.sum()), 3),
+                    ending=round(float(likelihoods[-1]), 3) if finished else 0.0,
                 )
                 answers[answer.key] = answer
                 file.write(json.dumps(asdict(answer)) + "\n")

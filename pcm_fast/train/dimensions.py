@@ -21,6 +21,8 @@ class Dimension:
         strong, weak: wordings of graded strength.
         system: the system prompt that asks for it (preference prompting).
         styles: system prompts under which further answers are drawn for its expert to learn from.
+        ending: added to the log-probability of the end of sequence where such answers are drawn, for a small model that
+            does not stop when it is asked to.
         reward: the scorer: the name of one of ours, or "file.py:function", a function of (prompts, answers) that gives
             a number for each; the path is relative to the file with the dimensions.
     """
@@ -32,6 +34,7 @@ class Dimension:
     strong: tuple[str, ...] = ()
     weak: tuple[str, ...] = ()
     styles: tuple[str, ...] = ()
+    ending: float = 0.0
     reward: str = ""
 
 

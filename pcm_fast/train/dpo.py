@@ -38,8 +38,8 @@ def train_adapter(
     Args:
         checkpoint: the base.
         tokenizer: the base's.
-        pairs: what to learn from. The answers' ``fluency`` stands for their likelihood under the reference, so that the
-            base is not run again.
+        pairs: what to learn from. The answers' ``likelihood`` is that of the reference, so that the base is not run
+            again.
         config: of the adapter and the optimiser.
         seed: of the order of the pairs and the adapter's first values.
         work: for the trainer's checkpoints; training goes on from the last of them.
@@ -153,8 +153,8 @@ def _dataset(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> Dataset:
                 "prompt_tokens": tokenizer.apply_chat_template(turns, add_generation_prompt=True),
                 "chosen_tokens": pair.chosen.tokens,
                 "rejected_tokens": pair.rejected.tokens,
-                "reference_chosen": pair.chosen.fluency * len(pair.chosen.tokens),
-                "reference_rejected": pair.rejected.fluency * len(pair.rejected.tokens),
+                "reference_chosen": pair.chosen.likelihood,
+                "reference_rejected": pair.rejected.likelihood,
             }
         )
     return Dataset.from_list(rows)

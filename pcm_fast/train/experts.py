@@ -47,7 +47,7 @@ def train_experts(config: Config, directory: Path, only: Sequence[str], progress
 
     for index, name in enumerate(config.dimensions):
         output = directory / "experts" / name
-        if (only and name not in only) or (output / CURVE).exists():
+        if (only and name not in only) or (output / "adapter_model.safetensors").exists():
             continue
         pairs = choose_pairs(pool, rewards, name, config.experts)
         steps = max(1, round(len(pairs) * config.experts.epochs / config.experts.batch_size))

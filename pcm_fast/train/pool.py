@@ -96,7 +96,9 @@ def questions(config: Config, model: MixtureModel) -> list[Question]:
             for i in range(config.answers.styled if dimension.styles else 0):
                 style = dimension.styles[(p + i) % len(dimension.styles)]
                 read = model.chat_inputs([{"role": "system", "content": style}, turn])["input_ids"]
-                request = {"input_ids": plain, "expert_input_ids": {"writer": read}}
+                request: dict[str, Any] = {"input_ids": plain, "expert_input_ids": {"writer": read}}
+                if dimension.ending:
+                    request["logit_bias"] = {model.tokenizer.eos_token_id: dimension.ending}
                 drawn.append((f"{prompt.id}/{dimension.name}/{i}", request))
     common = {
         "max_new_tokens": config.answers.max_new_tokens,

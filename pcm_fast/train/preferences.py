@@ -7,9 +7,11 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pcm_fast.preference import in_words
 from pcm_fast.train.config import Config
 
 STRENGTHS = {"strong": 2.0, "plain": 1.0, "weak": 0.5}
+MAPPED = 0.15  # of the preferences are put as a mapping of names to strengths is
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ def state(config: Config, names: Sequence[str], random: random.Random, held_out:
             kind, wordings = "plain", plain
         strengths[name] = STRENGTHS[kind]
         phrases.append(random.choice(wordings))
+    if not held_out and random.random() < MAPPED:
+        return Stated(in_words(strengths), strengths)
     last = random.choice((", ", " and ", ", and "))
     text = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + last + phrases[-1]
     return Stated(random.choice(config.joins).format(text), strengths)
