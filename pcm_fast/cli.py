@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pcm_fast import cli_training
 from pcm_fast._version import __version__
 from pcm_fast.presets import prompted_experts
 
@@ -189,6 +190,10 @@ def info(
 
     with terminal.errors():
         print_info(base)
+
+
+app.command()(cli_training.train_experts)
+app.command()(cli_training.train_pcm)
 
 
 def load(

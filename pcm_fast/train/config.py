@@ -1,0 +1,202 @@
+"""What ``train-experts``, ``train-pcm`` and ``evaluate`` are told: one TOML file, and one with the dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pcm_fast.train.dimensions import DATA, Dimension, read_dimensions
+from pcm_fast.train.toml import none_left, read_toml, section, take
+
+
+@dataclass(frozen=True)
+class AnswerConfig:
+    """The answers the experts learn from, drawn from the base.
+
+    Attributes:
+        prompts: how many of the training prompts; 0: all.
+        plain: answers to each prompt as the base gives them.
+        styled: answers to each prompt for each dimension, under one of its styles in turn.
+        max_new_tokens, temperature, top_p: how they are drawn.
+        max_batch: sequences that run at once.
+        activations: "float32", or "int8" for a base in blocks: faster, and close enough to learn from.
+    """
+
+    prompts: int = 0
+    plain: int = 4
+    styled: int = 1
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 0.95
+    max_batch: int = 48
+    activations: str = "float32"
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """Direct preference optimisation of one LoRA adapter for each dimension (trl's DPOTrainer).
+
+    Attributes:
+        rank, alpha: of the adapter.
+        modules: the sites it acts on.
+        pairs: prompts to learn from at most, those with the greatest difference of reward first.
+        fluency_margin: nats a token by which a chosen answer may be less likely under the base than the base's own are.
+        relevance: what a chosen answer loses for every standard deviation by which it is further from the prompt, by
+            MiniLM, than the base's answers are.
+        learning_rate, beta, epochs, batch_size, warmup: of the optimiser and the loss.
+        sft_weight: weight of the chosen answer's own likelihood in the loss, which keeps answers fluent.
+    """
+
+    rank: int = 8
+    alpha: int = 16
+    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    pairs: int = 200
+    fluency_margin: float = 0.5
+    relevance: float = 0.5
+    learning_rate: float = 2e-4
+    beta: float = 0.1
+    epochs: float = 1.0
+    batch_size: int = 4
+    warmup: float = 0.1
+    sft_weight: float = 0.2
+
+
+@dataclass(frozen=True)
+class PCMConfig:
+    """REBEL for the Preference Control Model.
+
+    Attributes:
+        kind: "shared" (an adapter on the base) or "separate" (the model at ``model``).
+        model: of a separate PCM, a Hugging Face directory with the base's vocabulary.
+        rank, alpha, modules: of a shared PCM's adapter.
+        layers: how many layers, counted from the last, the adapter acts on; 0: all. Layers below need no gradient.
+        warm_start, warm_start_batch: steps, and answers in each, of learning what preferences name, before REBEL.
+        iterations: rounds of rollouts and updates.
+        prompts: prompts with a preference each in every round; two answers are drawn for each.
+        batch_size: pairs in an update.
+        epochs: passes over the pairs of a round.
+        learning_rate, head_learning_rate: of the adapter (or model) and of the head.
+        eta: REBEL's: the loss is (difference of log-ratios - eta * difference of rewards)^2.
+        bradley_terry: normalise rewards against the base's answer; False takes their plain standard scores.
+        max_new_tokens, temperature, max_batch: of the rollouts.
+        fixed_prompts: prompts in each round of the search for the best fixed weights.
+        template: the system turn of the PCM.
+    """
+
+    kind: str = "shared"
+    model: str = ""
+    rank: int = 8
+    alpha: int = 16
+    modules: tuple[str, ...] = ("q_proj", "v_proj")
+    layers: int = 10
+    warm_start: int = 60
+    warm_start_batch: int = 16
+    iterations: int = 20
+    prompts: int = 32
+    batch_size: int = 8
+    epochs: int = 2
+    learning_rate: float = 3e-4
+    head_learning_rate: float = 3e-3
+    eta: float = 1.0
+    bradley_terry: bool = True
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    max_batch: int = 32
+    fixed_prompts: int = 24
+    template: str = "The answer should be: {preference}"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """The comparison with other ways to merge preferences.
+
+    Attributes:
+        prompts: file of the held-out prompts.
+        num_prompts: how many of them; 0: all.
+        preferences: composites of dimensions, two or more each.
+        max_new_tokens, temperature, top_p, max_batch: how answers are drawn.
+    """
+
+    prompts: Path = DATA / "prompts_eval.jsonl"
+    num_prompts: int = 0
+    preferences: tuple[tuple[str, ...], ...] = ()
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_batch: int = 32
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of it.
+
+    Attributes:
+        path: the file this was read from.
+        base: what ``MixtureModel.from_pretrained`` takes.
+        prompts: file of the training prompts.
+        dimensions: by name, in the order of the experts.
+        compatible: pairs of dimensions that are asked for together.
+        joins: sentences around a preference, with "{}".
+        seed: of everything that is drawn.
+        answers, experts, pcm, evaluate: see there.
+    """
+
+    path: Path
+    base: str
+    prompts: Path
+    dimensions: Mapping[str, Dimension]
+    compatible: tuple[tuple[str, str], ...]
+    joins: tuple[str, ...]
+    seed: int = 0
+    answers: AnswerConfig = field(default_factory=AnswerConfig)
+    experts: ExpertConfig = field(default_factory=ExpertConfig)
+    pcm: PCMConfig = field(default_factory=PCMConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def load_config(path: str | Path | None = None) -> Config:
+    """Read a configuration; None is the one that the shipped experts were trained with.
+
+    Paths in it are relative to the file. ``dimensions`` names a TOML file with a table for each dimension (see
+    ``Dimension``), ``compatible`` (default: every pair) and ``joins``.
+
+    Raises:
+        ValueError: a key that is missing, unknown or of the wrong kind; names file and key.
+    """
+    path = DATA / "default.toml" if path is None else Path(path)
+    table = read_toml(path)
+    here = path.parent
+    dimensions_path = here / take(path, table, "dimensions", str, "dimensions.toml")
+    dimensions, compatible, joins = read_dimensions(dimensions_path)
+    prompts = here / take(path, table, "prompts", str, "prompts_train.jsonl")
+    base = take(path, table, "base", str, "smollm2-135m-instruct")
+    if (here / base).exists():
+        base = str(here / base)
+    seed = take(path, table, "seed", int, 0)
+    evaluate = table.pop("evaluate", {})
+    if isinstance(evaluate, dict) and "prompts" in evaluate:
+        evaluate["prompts"] = here / str(evaluate["prompts"])
+    config = Config(
+        path=path,
+        base=base,
+        prompts=prompts,
+        dimensions=dimensions,
+        compatible=compatible,
+        joins=joins,
+        seed=seed,
+        answers=section(path, "answers", AnswerConfig, table.pop("answers", {})),
+        experts=section(path, "experts", ExpertConfig, table.pop("experts", {})),
+        pcm=section(path, "pcm", PCMConfig, table.pop("pcm", {})),
+        evaluate=section(path, "evaluate", EvaluateConfig, evaluate),
+    )
+    none_left(path, table)
+    for preference in config.evaluate.preferences:
+        for name in preference:
+            if name not in dimensions:
+                raise ValueError(f"{path}: evaluate.preferences: expected names of dimensions, got {name!r}")
+    if config.pcm.kind not in ("shared", "separate"):
+        raise ValueError(f"{path}: pcm.kind: expected 'shared' or 'separate', got {config.pcm.kind!r}")
+    if config.pcm.kind == "separate" and not config.pcm.model:
+        raise ValueError(f"{path}: pcm.model: expected the directory of a model for a separate PCM, got none")
+    return config

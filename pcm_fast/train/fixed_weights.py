@@ -1,0 +1,91 @@
+"""The best weights that depend on nothing but the dimensions asked for: what a PCM has to beat."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pcm_fast.model import MixtureModel
+from pcm_fast.pcm import FixedPCM
+from pcm_fast.train.config import Config
+from pcm_fast.train.pool import Pool
+from pcm_fast.train.preferences import Stated
+from pcm_fast.train.reward import answer_rewards
+from pcm_fast.train.rewards import Rewards
+from pcm_fast.train.rollouts import Wish, draw_rollouts
+
+FILE = "fixed_weights.json"
+
+
+def find_fixed_weights(
+    config: Config,
+    experts: Mapping[str, Path],
+    pool: Pool,
+    rewards: Rewards,
+    directory: Path,
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[str, dict[str, float]]:
+    """For each composite of the evaluation the weights with the greatest mean reward on training prompts.
+
+    Candidates are a grid over the simplex; the better half is drawn for again, on as many further prompts, until one is
+    left. What is found is kept in ``fixed_weights.json`` as it comes, by "concise+friendly".
+    """
+    path = directory / FILE
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    base = MixtureModel.from_pretrained(config.base, dict(experts), "uniform")
+    for names in config.evaluate.preferences:
+        key = "+".join(names)
+        if key not in known:
+            known[key] = _search(config, base, pool, rewards, names)
+            path.write_text(json.dumps(known, indent=1) + "\n")
+        advance(1)
+    return known
+
+
+def grid(count: int, steps: int) -> list[tuple[float, ...]]:
+    """Points of the simplex of ``count`` weights above 0 that are multiples of 1/steps."""
+    if count == 1:
+        return [(1.0,)]
+    found = []
+
+    def extend(begun: tuple[int, ...], left: int) -> None:
+        if len(begun) == count - 1:
+            found.append(tuple(n / steps for n in (*begun, left)))
+            return
+        for n in range(1, left - (count - len(begun) - 1) + 1):
+            extend((*begun, n), left - n)
+
+    extend((), steps)
+    return found
+
+
+def _search(config: Config, base: MixtureModel, pool: Pool, rewards: Rewards, names: Sequence[str]) -> dict[str, float]:
+    candidates = grid(len(names), 6 if len(names) == 2 else 5)
+    chance = random.Random(f"{config.seed} {'+'.join(names)}")
+    prompts = chance.sample(sorted(set(pool.prompt_ids)), len(set(pool.prompt_ids)))
+    totals = {candidate: list[float]() for candidate in candidates}
+    stated = Stated("", dict.fromkeys(names, 1.0))
+    used = 0
+    while len(candidates) > 1 and used < len(prompts):
+        round_ = prompts[used : used + config.pcm.fixed_prompts]
+        used += len(round_)
+        for candidate in candidates:
+            model = MixtureModel(replace(base.spec, pcm=FixedPCM(dict(zip(names, candidate, strict=True)))))
+            wishes = [Wish(pool.prompts[i].text, "any", tuple(names), chance.getrandbits(60)) for i in round_]
+            rollouts = draw_rollouts(
+                model,
+                wishes,
+                config.pcm.max_batch,
+                max_new_tokens=config.pcm.max_new_tokens,
+                temperature=config.pcm.temperature,
+            )
+            texts = [rollout.text for rollout in rollouts]
+            totals[candidate] += answer_rewards(pool, rewards, round_, [stated] * len(round_), texts).tolist()
+        candidates = sorted(candidates, key=lambda c: -float(np.mean(totals[c])))[: max(1, len(candidates) // 2)]
+    return dict(zip(names, candidates[0], strict=True))

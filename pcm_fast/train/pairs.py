@@ -1,0 +1,54 @@
+"""Pairs of a better and a worse answer, for one dimension, out of the pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pcm_fast.train.answers import Answer
+from pcm_fast.train.config import ExpertConfig
+from pcm_fast.train.pool import Pool
+from pcm_fast.train.rewards import Rewards
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt.
+
+    Attributes:
+        prompt: the user's message.
+        chosen, rejected: the better and the worse answer.
+        gap: by how much its reward is greater, in standard deviations of the base's rewards.
+    """
+
+    prompt: str
+    chosen: Answer
+    rejected: Answer
+    gap: float
+
+
+def choose_pairs(pool: Pool, rewards: Rewards, dimension: str, config: ExpertConfig) -> list[Pair]:
+    """For each prompt the best of all answers against the worst plain one; those with the greatest gap.
+
+    An answer less fluent than the floor is never chosen, and one that is off the subject loses by ``relevance``.
+    """
+    scores = pool.rewards[dimension]
+    plain = np.array([style == "" for style in pool.styles])
+    worth = scores + config.relevance * np.minimum(pool.relevance, 0.0)
+    fluent = pool.fluency >= rewards.fluency_floor
+    pairs = []
+    for prompt_id in dict.fromkeys(pool.prompt_ids):
+        mine = np.array([i for i, other in enumerate(pool.prompt_ids) if other == prompt_id])
+        best = mine[fluent[mine]]
+        if not len(best):
+            continue
+        chosen = best[np.argmax(worth[best])]
+        worst = mine[plain[mine]]
+        rejected = worst[np.argmin(scores[worst])]
+        gap = float(scores[chosen] - scores[rejected])
+        if gap > 0:
+            pairs.append(Pair(pool.prompts[prompt_id].text, pool.answers[chosen], pool.answers[rejected], gap))
+    if not pairs:
+        raise ValueError(f"{dimension}: no prompt has an answer that is better than the worst; draw more answers")
+    return sorted(pairs, key=lambda pair: -pair.gap)[: config.pairs]

@@ -1,0 +1,107 @@
+"""What experts learn from: answers of the base, plain and in style, each with its likelihood and its rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pcm_fast.model import MixtureModel
+from pcm_fast.train.answers import Answer, Question, draw_answers
+from pcm_fast.train.config import Config
+from pcm_fast.train.prompts import Prompt, load_prompts
+from pcm_fast.train.rewards import Rewards
+from pcm_fast.train.scorers import helpful
+
+Floats = npt.NDArray[np.float64]
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All answers to all prompts; N of them.
+
+    Attributes:
+        prompts: by id.
+        prompt_ids: of each answer.
+        styles: of each answer the dimension in whose style it was drawn; "" for a plain one.
+        answers: the answers.
+        fluency: [N] nats a token under the base.
+        rewards: [N] by dimension.
+        relevance: [N] how near each is to its prompt, in standard deviations of the plain answers, whose mean is 0.
+    """
+
+    prompts: Mapping[str, Prompt]
+    prompt_ids: list[str]
+    styles: list[str]
+    answers: list[Answer]
+    fluency: Floats
+    rewards: Mapping[str, Floats]
+    relevance: Floats
+
+    def plain(self, prompt_id: str) -> list[int]:
+        """The base's own answers to a prompt: their places in the pool."""
+        places = enumerate(zip(self.prompt_ids, self.styles, strict=True))
+        return [i for i, (other, style) in places if other == prompt_id and not style]
+
+
+def draw_pool(config: Config, directory: Path, advance: Advance) -> tuple[Pool, Rewards]:
+    """Draw all answers, going on from what the directory holds, and set the rewards' scales by the plain ones.
+
+    Args:
+        config: the configuration.
+        directory: for answers.jsonl.
+        advance: called with the number of answers that were drawn.
+    """
+    # The base goes along where another writes, with a weight that changes nothing: so its likelihoods are known.
+    writers: dict[str, None] = {"base": None, "writer": None}
+    model = MixtureModel.from_pretrained(
+        config.base, writers, {"base": 1e-7, "writer": 1.0}, activations=config.answers.activations
+    )
+    wanted = questions(config, model)
+    found = draw_answers(model, wanted, directory / "answers.jsonl", config.answers.max_batch, advance)
+    keys = [question.key for question in wanted]
+    prompts = {prompt.id: prompt for prompt in load_prompts(config.prompts)}
+    ids, styles = [key.split("/")[0] for key in keys], [key.split("/")[1] for key in keys]
+    texts = [prompts[i].text for i in ids]
+    answers = [found[key] for key in keys]
+    fluency = np.array([answer.fluency for answer in answers])
+    plain = [i for i, style in enumerate(styles) if not style]
+    rewards = Rewards.calibrate(config, [texts[i] for i in plain], [answers[i].text for i in plain], fluency[plain])
+    scores = rewards.score(texts, [answer.text for answer in answers], fluency)
+    relevance = helpful(texts, [answer.text for answer in answers])
+    relevance = (relevance - relevance[plain].mean()) / relevance[plain].std()
+    return Pool(prompts, ids, styles, answers, fluency, scores, relevance), rewards
+
+
+def pool_size(config: Config) -> int:
+    """How many answers ``draw_pool`` draws."""
+    styled = sum(config.answers.styled for dimension in config.dimensions.values() if dimension.styles)
+    return len(load_prompts(config.prompts, config.answers.prompts)) * (config.answers.plain + styled)
+
+
+def questions(config: Config, model: MixtureModel) -> list[Question]:
+    """Everything to be drawn: config.answers.plain + styled * dimensions answers to each prompt."""
+    drawn: list[tuple[str, dict[str, Any]]] = []
+    for p, prompt in enumerate(load_prompts(config.prompts, config.answers.prompts)):
+        turn = {"role": "user", "content": prompt.text}
+        plain = model.chat_inputs([turn])["input_ids"]
+        for i in range(config.answers.plain):
+            drawn.append((f"{prompt.id}//{i}", {"input_ids": plain, "active": ["base"]}))
+        for dimension in config.dimensions.values():
+            for i in range(config.answers.styled if dimension.styles else 0):
+                style = dimension.styles[(p + i) % len(dimension.styles)]
+                read = model.chat_inputs([{"role": "system", "content": style}, turn])["input_ids"]
+                request = {"input_ids": plain, "expert_input_ids": {"writer": read}}
+                drawn.append((f"{prompt.id}/{dimension.name}/{i}", request))
+    common = {
+        "max_new_tokens": config.answers.max_new_tokens,
+        "temperature": config.answers.temperature,
+        "top_p": config.answers.top_p,
+    }
+    start = config.seed * 1_000_003
+    return [Question(key, {**request, **common, "seed": start + i}) for i, (key, request) in enumerate(drawn)]

@@ -1,0 +1,66 @@
+"""A PCM that knows what a preference names, before it learns what serves it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+
+from pcm_fast.model import MixtureModel
+from pcm_fast.train.config import Config
+from pcm_fast.train.policy import Policy
+from pcm_fast.train.pool import Pool
+from pcm_fast.train.preferences import composites, state
+
+
+def warm_start(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    model: MixtureModel,
+    pool: Pool,
+    config: Config,
+    advance: Callable[[float], None],
+) -> None:
+    """Teach the PCM to weigh the experts by the strengths that the preference states, by cross-entropy.
+
+    Args:
+        policy: the PCM.
+        optimizer: of its parameters.
+        model: for the chat template; its PCM is a learned one with the policy's template.
+        pool: answers, at whose tokens the weights are asked for.
+        config: the configuration.
+        advance: called with the loss of every step.
+    """
+    chance = random.Random(config.seed)
+    sets = composites(config)
+    for _ in range(config.pcm.warm_start):
+        contexts, answers, targets = [], [], []
+        for _ in range(config.pcm.warm_start_batch):
+            i = chance.randrange(len(pool.answers))
+            stated = state(config, chance.choice(sets), chance)
+            contexts.append(context(model, pool.prompts[pool.prompt_ids[i]].text, stated.text))
+            answers.append(pool.answers[i].tokens[: chance.randint(1, 24)])
+            targets.append([stated.shares.get(name, 0.0) for name in policy.experts])
+        loss = naming_loss(policy.log_weights(contexts, answers), targets)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        advance(float(loss.detach()))
+
+
+def naming_loss(log_weights: Sequence[torch.Tensor], targets: Sequence[Sequence[float]]) -> torch.Tensor:
+    """Mean Kullback-Leibler divergence of the weights from the target, over the tokens of each answer."""
+    losses = []
+    for row, target in zip(log_weights, targets, strict=True):
+        wanted = torch.tensor(target)
+        entropy = -(wanted[wanted > 0] * wanted[wanted > 0].log()).sum()
+        losses.append(-(row * wanted).sum(-1).mean() - entropy)
+    return torch.stack(losses).mean()
+
+
+def context(model: MixtureModel, prompt: str, preference: str) -> list[int]:
+    """What a learned PCM reads before the answer."""
+    ids = model.chat_inputs(prompt, preference=preference)["pcm_input_ids"]
+    assert ids is not None
+    return list(ids[0])

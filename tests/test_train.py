@@ -1,0 +1,264 @@
+"""Training from end to end on a tiny model: answers, rewards, experts, PCM; a user's own dimension."""
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_chat import add_tokenizer
+from typer.testing import CliRunner
+
+from pcm_fast import MixtureModel
+from pcm_fast.cli import app
+from pcm_fast.loader import load_checkpoint
+from pcm_fast.pcm import FixedPCM
+from pcm_fast.train.config import load_config
+from pcm_fast.train.policy import Policy, mixture_log_likelihood
+from pcm_fast.train.preferences import composites, state
+from pcm_fast.train.prompts import load_prompts
+from pcm_fast.train.rebel import Duel, rebel_loss, update
+from pcm_fast.train.rollouts import Wish, draw_rollouts
+
+CONFIG = """
+base = "{base}"
+prompts = "prompts.jsonl"
+dimensions = "dimensions.toml"
+seed = 3
+[answers]
+plain = 3
+max_new_tokens = 12
+[experts]
+rank = 2
+modules = ["q_proj", "v_proj"]
+pairs = 8
+fluency_margin = 2.0
+batch_size = 2
+[pcm]
+kind = "{kind}"
+model = "{model}"
+rank = 2
+layers = 2
+warm_start = 4
+warm_start_batch = 4
+iterations = 2
+prompts = 4
+batch_size = 2
+epochs = 1
+max_new_tokens = 8
+[evaluate]
+preferences = [["concise", "vowels"]]
+"""
+DIMENSIONS = """
+joins = ["{}", "Please: {}."]
+[concise]
+train = ["concise", "be brief"]
+held_out = ["keep it short"]
+system = "Be brief."
+styles = ["Say little."]
+[vowels]
+train = ["vowels", "many vowels"]
+held_out = ["aeiou"]
+system = "Use vowels."
+reward = "scorers.py:vowels"
+"""
+SCORER = """
+def vowels(prompts, answers):
+    return [sum(letter in "aeiou" for letter in answer) for answer in answers]
+"""
+
+
+@pytest.fixture(scope="module")
+def base(make_tiny_model):
+    directory = make_tiny_model("llama")
+    add_tokenizer(directory)
+    return directory
+
+
+def write_config(directory: Path, base: Path, kind: str = "shared", model: str = "") -> Path:
+    """A user's own files."""
+    (directory / "config.toml").write_text(CONFIG.format(base=base, kind=kind, model=model))
+    (directory / "dimensions.toml").write_text(DIMENSIONS)
+    (directory / "scorers.py").write_text(SCORER)
+    prompts = [{"id": f"p{i}", "topic": "t", "text": f"tell me about {word}"} for i, word in enumerate("abcdef")]
+    (directory / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    return directory / "config.toml"
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """A directory with experts and a PCM, made by the commands."""
+    directory = tmp_path_factory.mktemp("train")
+    config = write_config(directory, base)
+    for command in ("train-experts", "train-pcm"):
+        result = CliRunner().invoke(app, [command, str(config), "--out", str(directory / "out")])
+        assert result.exit_code == 0, result.output
+    return directory
+
+
+def test_experts_and_pcm_answer(trained, base):
+    out = trained / "out"
+    experts = {name: out / "experts" / name for name in ("concise", "vowels")}
+    model = MixtureModel.from_pretrained(base, experts, out / "pcm")
+    output = model.generate(
+        **model.chat_inputs("why?", preference="be brief"),
+        preference="be brief",
+        max_new_tokens=5,
+        return_dict_in_generate=True,
+    )
+    weights = output.mixture_weights[0]
+    assert model.backend == "native"
+    assert np.allclose(weights.sum(axis=-1), 1)
+    assert len(np.unique(weights)) > 2, "the head has not learned anything"
+    for name in experts:
+        assert "proxy" in (out / "experts" / name / "README.md").read_text()
+    curve = json.loads((out / "pcm" / "curve.json").read_text())
+    assert [round_["iteration"] for round_ in curve] == [0, 1, 2]
+
+
+def test_commands_go_on_where_they_were_cut_off(trained, base, tmp_path):
+    config = write_config(tmp_path, base)
+    whole = trained / "out"
+    out = tmp_path / "out"
+    (out / "work").mkdir(parents=True)
+    lines = (whole / "work" / "answers.jsonl").read_text().splitlines(keepends=True)
+    (out / "work" / "answers.jsonl").write_text("".join(lines[:5]) + lines[5][:10])  # cut off in the middle of a line
+    result = CliRunner().invoke(app, ["train-experts", str(config), "--out", str(out), "--only", "vowels"])
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (out / "experts").iterdir()) == ["vowels"]
+    again = [json.loads(line) for line in (out / "work" / "answers.jsonl").read_text().splitlines()]
+    whole_answers = [json.loads(line) for line in lines]
+    assert sorted(again, key=lambda a: a["key"]) == sorted(whole_answers, key=lambda a: a["key"])
+    result = CliRunner().invoke(app, ["train-pcm", str(config), "--out", str(out)])
+    assert result.exit_code == 1
+    assert "concise" in result.output
+
+
+def test_separate_pcm(trained, base, make_tiny_model, tmp_path):
+    small = make_tiny_model("llama", seed=5, hidden_size=32, head_dim=16, num_hidden_layers=2)
+    config = write_config(tmp_path, base, kind="separate", model=str(small))
+    result = CliRunner().invoke(app, ["train-pcm", str(config), "--out", str(trained / "out"), "--name", "separate"])
+    assert result.exit_code == 0, result.output
+    experts = {name: trained / "out" / "experts" / name for name in ("concise", "vowels")}
+    model = MixtureModel.from_pretrained(base, experts, trained / "out" / "separate")
+    assert model.spec.pcm.kind == "separate"
+    assert model.chat("why?", preference="aeiou", max_new_tokens=4) is not None
+
+
+@pytest.fixture(scope="module")
+def setting(base, trained):
+    """A policy with weights that depend on the text, and rollouts of the mixture it weighs."""
+    config = load_config(trained / "config.toml")
+    torch.manual_seed(1)
+    policy = Policy(load_checkpoint(base), ["concise", "vowels"], replace(config.pcm, head_learning_rate=0.05))
+    with torch.no_grad():
+        policy.head.weight.normal_(std=0.3)
+        for name, parameter in policy.body.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    experts = {name: trained / "out" / "experts" / name for name in policy.experts}
+    model = MixtureModel.from_pretrained(base, experts, policy.learned(trained))
+    wishes = [Wish(f"how is {i}?", "be brief", policy.experts, seed=i) for i in range(6)]
+    return policy, draw_rollouts(model, wishes, 4, max_new_tokens=10)
+
+
+def test_engine_and_policy_weigh_alike(setting):
+    policy, rollouts = setting
+    rows = policy.log_weights([r.context for r in rollouts], [r.tokens for r in rollouts])
+    for row, rollout in zip(rows, rollouts, strict=True):
+        assert np.abs(row.detach().numpy() - np.log(rollout.weights)).max() < 1e-3
+        assert rollout.weights.std(axis=0).max() > 1e-3, "weights that do not depend on the text prove nothing"
+
+
+def test_gradient_of_the_mixture_log_likelihood(setting):
+    rollout = setting[1][0]
+    logprobs = torch.from_numpy(rollout.expert_logprobs).double()
+    scores = torch.randn(len(rollout.tokens), 2, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda s: mixture_log_likelihood(torch.log_softmax(s, -1), logprobs, (0, 1)), scores
+    )
+    direct = (rollout.weights * np.exp(rollout.expert_logprobs)).sum(axis=1)
+    whole = mixture_log_likelihood(torch.from_numpy(rollout.weights).log(), logprobs, (0, 1))
+    assert float(whole) == pytest.approx(float(np.log(direct).sum()), abs=1e-4)
+
+
+def test_gradient_through_the_policy(setting):
+    """Against differences of the loss for a parameter of the head and one of the adapter."""
+    policy, rollouts = setting
+    duels = [Duel((rollouts[0], rollouts[1]), (0.9, 0.2), (0, 1))]
+    policy.zero_grad()
+    rebel_loss(policy, duels, 1.0).backward()
+    adapter = next(p for name, p in policy.body.named_parameters() if "lora_B" in name and p.requires_grad)
+    for parameter, step in ((policy.head.weight, 1e-2), (adapter, 1e-2)):
+        index = tuple(int(i) for i in np.unravel_index(int(parameter.grad.abs().argmax()), parameter.shape))
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter[index] += sign * step
+                values.append(rebel_loss(policy, duels, 1.0).item())
+                parameter[index] -= sign * step
+        difference = (values[0] - values[1]) / (2 * step)
+        assert float(parameter.grad[index]) == pytest.approx(difference, rel=0.05, abs=1e-4)
+
+
+def test_rebel_makes_the_better_answer_likelier(setting, base, trained):
+    policy, rollouts = setting
+    duels = [Duel((rollouts[i], rollouts[i + 1]), (1.0, 0.0), (0, 1)) for i in (0, 2, 4)]
+    assert rebel_loss(policy, duels, 1.0).item() == pytest.approx(1.0, abs=1e-3), "the ratios start at 1"
+    optimizer = torch.optim.AdamW(policy.parameter_groups(), weight_decay=0.0)
+    losses = [update(policy, optimizer, duels, 1.0, 3, seed) for seed in range(20)]
+    assert losses[-1] < 0.9, losses
+
+
+def test_rollouts_of_other_pcms_have_no_context(base):
+    model = MixtureModel.from_pretrained(base, {"a": None, "b": None}, FixedPCM({"a": 0.5, "b": 0.5}))
+    rollout = draw_rollouts(model, [Wish("why?", "a", ("a", "b"), 0)], 2, max_new_tokens=4)[0]
+    assert rollout.context == []
+    assert rollout.weights.shape == (len(rollout.tokens), 2)
+
+
+def test_shipped_configuration():
+    config = load_config()
+    prompts, held_out = load_prompts(config.prompts), load_prompts(config.evaluate.prompts)
+    assert len(prompts) >= 400
+    assert len(held_out) >= 120
+    assert not {p.text.lower() for p in prompts} & {p.text.lower() for p in held_out}
+    assert len(config.dimensions) == 6
+    for dimension in config.dimensions.values():
+        assert not set(dimension.train) & set(dimension.held_out)
+    assert len(config.evaluate.preferences) >= 8
+    pairs = {frozenset(pair) for pair in config.compatible}
+    assert all(len(names) < 2 or frozenset(names[:2]) in pairs for names in composites(config))
+
+
+def test_stated_preferences():
+    config = load_config()
+    chance = random.Random(0)
+    for names in composites(config):
+        stated = state(config, names, chance)
+        assert set(stated.strengths) == set(names)
+        assert math.isclose(sum(stated.shares.values()), 1)
+        held = state(config, names, chance, held_out=True)
+        assert any(word in held.text for word in config.dimensions[names[0]].held_out)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("bass = 1", "bass: no such key"),
+        ("seed = 'x'", "seed: expected int, got 'x'"),
+        ("[pcm]\nkind = 'both'", "pcm.kind: expected 'shared' or 'separate', got 'both'"),
+        ("[pcm]\nkind = 'separate'", "pcm.model: expected the directory"),
+        ("[experts]\nrank = 1.5", "experts.rank: expected int, got 1.5"),
+        ("[evaluate]\npreferences = [['tall']]", "expected names of dimensions, got 'tall'"),
+    ],
+)
+def test_bad_configurations(text, message, tmp_path):
+    (tmp_path / "c.toml").write_text(text)
+    (tmp_path / "dimensions.toml").write_text(DIMENSIONS)
+    with pytest.raises(ValueError, match=r"c\.toml") as raised:
+        load_config(tmp_path / "c.toml")
+    assert message in str(raised.value)
