@@ -57,7 +57,7 @@ def run_evaluate(
 
     judge = None
     if judge_url is not None and judge_model is not None:
-        judge = Judge(judge_url, judge_model, os.environ.get(judge_key))
+        judge = Judge(judge_url, judge_model, os.environ.get(judge_key) or None)
     with nullcontext() if judge is None else closing(judge), terminal.long_progress() as progress:
         results = evaluate(
             load_config(config),
