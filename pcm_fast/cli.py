@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pcm_fast import cli_training
+from pcm_fast import cli_evaluation, cli_training
 from pcm_fast._version import __version__
 from pcm_fast.presets import prompted_experts
 
@@ -194,6 +194,7 @@ def info(
 
 app.command()(cli_training.train_experts)
 app.command()(cli_training.train_pcm)
+app.command()(cli_evaluation.evaluate)
 
 
 def load(

@@ -31,7 +31,7 @@ def run(*arguments, text=None, **environment):
 def test_help_names_every_command_and_imports_nothing_heavy():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("generate", "chat", "demo", "info"):
+    for command in ("generate", "chat", "demo", "info", "evaluate"):
         assert command in result.output
     loaded = "import sys, pcm_fast.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout == "[]\n"
