@@ -63,7 +63,7 @@ class Rewards:
             values = load_scorer(dimension.reward)(prompts, answers)
             spread = float(values.std())
             if not spread > 0:
-                raise ValueError(f"reward: {dimension.reward}: gives every answer of the base the same, {values[0]!r}")
+                raise ValueError(f"reward: {dimension.reward}: gives every answer of the base the same, {values[0]:g}")
             scales[name] = Scale(float(values.mean()), spread)
         return Rewards(config, scales, float(fluency.mean()))
 
