@@ -271,9 +271,10 @@ def test_a_run_that_was_cut_off_goes_on(setup, config, evaluated, tmp_path, monk
     path.write_text(path.read_text() + '{"prompt_id": "p0", "pref')  # torn
     asked, draw = [], answers_module.draw
 
-    def counting(model, engine, requests, most):
+    def counting(engine, requests, most):
+        requests = list(requests)
         asked.extend(question.key for question, _ in requests)
-        return draw(model, engine, requests, most)
+        return draw(engine, requests, most)
 
     monkeypatch.setattr(answers_module, "draw", counting)
     result = collect_answers(method, questions, config, path, 1, lambda count: None)

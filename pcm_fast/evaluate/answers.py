@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from pcm_fast.engine import Engine
 from pcm_fast.evaluate.log import JsonLog
 from pcm_fast.evaluate.methods import Method, Question
 from pcm_fast.evaluate.mixtures import identity
@@ -23,6 +22,7 @@ from pcm_fast.model import MixtureModel
 from pcm_fast.pcm import LearnedPCM
 from pcm_fast.spec import ModelSpec
 from pcm_fast.train.config import Config
+from pcm_fast.train.drawing import answer_tokens, draw
 
 Key = tuple[str, str]
 
@@ -149,11 +149,11 @@ def _draw_into(
     advance: Callable[[int], None],
 ) -> None:
     """Draw, append answers one by one, and at the end what was drawn in how much time, also if it is cut short."""
-    requests = [(question, request_options(method, question, config)) for question in questions]
+    requests = ((question, request_options(model, method, question, config)) for question in questions)
     engine = model.engine(max_batch=config.evaluate.max_batch)
     tokens, started = 0, time.perf_counter()
     try:
-        with closing(draw(model, engine, requests, 2 * config.evaluate.max_batch)) as outputs:
+        with closing(draw(engine, requests, 2 * config.evaluate.max_batch)) as outputs:
             for question, output, finished in outputs:
                 answer = read_answer(model, method, question, output, finished)
                 log.append(asdict(answer))
@@ -179,13 +179,13 @@ def request_digest(method: Method, question: Question) -> str:
     return hashlib.sha256(json.dumps(asdict(method.request(question))).encode()).hexdigest()[:16]
 
 
-def request_options(method: Method, question: Question, config: Config) -> dict[str, Any]:
-    """The keywords of ``Engine.add_request`` for a question, less the prompts; and the messages."""
+def request_options(model: MixtureModel, method: Method, question: Question, config: Config) -> dict[str, Any]:
+    """The keywords of ``Engine.add_request`` for a question."""
     request = method.request(question)
+    chosen: dict[str, Any] = {"preference": request.preference, "active": request.active}
     return {
-        "messages": request.messages,
-        "preference": request.preference,
-        "active": request.active,
+        **model.chat_inputs(request.messages, **chosen),
+        **chosen,
         "max_new_tokens": config.evaluate.max_new_tokens,
         "temperature": config.evaluate.temperature,
         "top_p": config.evaluate.top_p,
@@ -195,45 +195,17 @@ def request_options(method: Method, question: Question, config: Config) -> dict[
     }
 
 
-def draw(
-    model: MixtureModel, engine: Engine, requests: Iterable[tuple[Question, dict[str, Any]]], most: int
-) -> Generator[tuple[Question, GenerateOutput, bool], None, None]:
-    """Answers as they are finished, with whether each ended by itself.
-
-    Args:
-        model: renders the prompts.
-        engine: of the model.
-        requests: questions, each with what ``request_options`` gives.
-        most: requests in the engine at once; more than run, so that none of its places stays empty.
-    """
-    waiting, running = iter(requests), dict[int, Question]()
-    while True:
-        while len(running) < most and (entry := next(waiting, None)) is not None:
-            question, options = entry
-            messages = options.pop("messages")
-            chosen = {"preference": options["preference"], "active": options["active"]}
-            inputs = model.chat_inputs(messages, **chosen)
-            running[engine.add_request(**inputs, **options)] = question
-        if not running:
-            return
-        for output in engine.step():
-            if output.finish_reason is not None:
-                question, finished = running.pop(output.request_id), output.finish_reason != "length"
-                yield question, engine.result(output.request_id), finished
-
-
 def read_answer(
     model: MixtureModel, method: Method, question: Question, output: GenerateOutput, finished: bool
 ) -> Answer:
     """An answer as it is kept."""
-    length = int(output.lengths[0])
-    ids = output.sequences[0][-length:].tolist()
+    tokens = answer_tokens(output)
     learned = isinstance(model.spec.pcm, LearnedPCM)
     return Answer(
         *question.key,
         wording=question.wording if learned else "",
-        text=model.tokenizer.decode(ids).strip(),
-        tokens=length,
+        text=model.tokenizer.decode(tokens).strip(),
+        tokens=len(tokens),
         finished=finished,
         weights=output.mixture_weights[0].astype(np.float64).round(4).tolist() if learned else None,
         request=request_digest(method, question),

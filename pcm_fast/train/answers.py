@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pcm_fast.model import MixtureModel
+from pcm_fast.train.drawing import answer_tokens, draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,33 +82,22 @@ def draw_answers(
     wanted = list(questions)
     missing = [question for question in wanted if question.key not in answers]
     advance(len(wanted) - len(missing))
-    engine = model.engine(max_batch=max_batch)
     base = model.expert_names.index("base")
-    waiting = list(reversed(missing))
-    running: dict[int, Question] = {}
+    requests = ((question, {**question.request, "expert_logprobs": True}) for question in missing)
     with path.open("a") as file:
-        while waiting or running:
-            while waiting and len(running) < max_batch:
-                question = waiting.pop()
-                running[engine.add_request(**question.request, expert_logprobs=True)] = question
-            for output in engine.step():
-                if output.finish_reason is None:
-                    continue
-                question = running.pop(output.request_id)
-                result = engine.result(output.request_id)
-                ids = result.sequences[0, -len(result.logprobs[0]) :].tolist()
-                likelihoods = result.expert_logprobs[0, :, base]
-                finished = output.finish_reason != "length"
-                answer = Answer(
-                    key=question.key,
-                    text=model.tokenizer.decode(ids).strip(),
-                    tokens=ids,
-                    finished=finished,
-                    likelihood=round(float(likelihoods.sum()), 3),
-                    ending=round(float(likelihoods[-1]), 3) if finished else 0.0,
-                )
-                answers[answer.key] = answer
-                file.write(json.dumps(asdict(answer)) + "\n")
-                file.flush()
-                advance(1)
+        for question, output, finished in draw(model.engine(max_batch=max_batch), requests, 2 * max_batch):
+            likelihoods = output.expert_logprobs[0, :, base]
+            tokens = answer_tokens(output)
+            answer = Answer(
+                key=question.key,
+                text=model.tokenizer.decode(tokens).strip(),
+                tokens=tokens,
+                finished=finished,
+                likelihood=round(float(likelihoods.sum()), 3),
+                ending=round(float(likelihoods[-1]), 3) if finished else 0.0,
+            )
+            answers[answer.key] = answer
+            file.write(json.dumps(asdict(answer)) + "\n")
+            file.flush()
+            advance(1)
     return answers

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pcm_fast.model import MixtureModel
+from pcm_fast.train.drawing import answer_tokens, draw
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,37 +50,25 @@ def draw_rollouts(
     **options: Any,
 ) -> list[Rollout]:
     """An answer to each wish, in their order; options are keywords of ``generate``."""
-    engine = model.engine(max_batch=max_batch)
-    waiting = list(reversed(range(len(wishes))))
-    running: dict[int, tuple[int, list[int]]] = {}
+    contexts: dict[int, list[int]] = {}
+
+    def request(index: int) -> dict[str, Any]:
+        wish = wishes[index]
+        inputs = model.chat_inputs(wish.prompt, preference=wish.preference, active=wish.active)
+        contexts[index] = list((inputs["pcm_input_ids"] or [[]])[0])
+        asked = {"preference": wish.preference, "active": wish.active, "seed": wish.seed}
+        return {**inputs, **asked, "expert_logprobs": True, **options}
+
+    requests = ((index, request(index)) for index in range(len(wishes)))
     found: dict[int, Rollout] = {}
-    while waiting or running:
-        while waiting and len(running) < max_batch:
-            index = waiting.pop()
-            wish = wishes[index]
-            inputs = model.chat_inputs(wish.prompt, preference=wish.preference, active=wish.active)
-            request = engine.add_request(
-                **inputs,
-                preference=wish.preference,
-                active=wish.active,
-                seed=wish.seed,
-                expert_logprobs=True,
-                **options,
-            )
-            running[request] = index, list((inputs["pcm_input_ids"] or [[]])[0])
-        for output in engine.step():
-            if output.finish_reason is None:
-                continue
-            index, context = running.pop(output.request_id)
-            result = engine.result(output.request_id)
-            count = int(result.lengths[0])
-            tokens = result.sequences[0, -result.logprobs.shape[1] :][:count].tolist()
-            found[index] = Rollout(
-                text=model.tokenizer.decode(tokens).strip(),
-                tokens=tokens,
-                weights=np.asarray(result.mixture_weights[0, :count]),
-                expert_logprobs=np.asarray(result.expert_logprobs[0, :count]),
-                context=context,
-            )
-            advance(1)
+    for index, output, _ in draw(model.engine(max_batch=max_batch), requests, 2 * max_batch):
+        tokens = answer_tokens(output)
+        found[index] = Rollout(
+            text=model.tokenizer.decode(tokens).strip(),
+            tokens=tokens,
+            weights=np.asarray(output.mixture_weights[0, : len(tokens)]),
+            expert_logprobs=np.asarray(output.expert_logprobs[0, : len(tokens)]),
+            context=contexts[index],
+        )
+        advance(1)
     return [found[index] for index in range(len(wishes))]
