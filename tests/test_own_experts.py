@@ -12,9 +12,9 @@ from pcm_fast.cli import app
 
 PAGE = (Path(__file__).parents[1] / "docs" / "your-own-experts.md").read_text(encoding="utf-8")
 SMALLER = {
-    'base = "smollm2-135m-instruct"': 'base = "{base}"',
+    'base = "smollm2-135m-instruct"': 'base = "{base}"\nfluency_margin = 3',
     "styled = 2": "styled = 1\nmax_new_tokens = 40",
-    "pairs = 160": 'pairs = 4\nrank = 2\nmodules = ["q_proj"]\nfluency_margin = 3.0',
+    "pairs = 160": 'pairs = 4\nrank = 2\nmodules = ["q_proj"]',
     "iterations = 20": "iterations = 1\nprompts = 2\nwarm_start = 2\nlayers = 1\nmax_new_tokens = 8\nfixed_prompts = 1",
     'preferences = [["rhyming", "questioning"]]': 'preferences = [["rhyming", "questioning"]]\nmax_new_tokens = 8',
 }

@@ -28,6 +28,7 @@ base = "{base}"
 prompts = "prompts.jsonl"
 dimensions = "dimensions.toml"
 seed = 3
+fluency_margin = 2
 [answers]
 plain = 3
 max_new_tokens = 12
@@ -35,7 +36,6 @@ max_new_tokens = 12
 rank = 2
 modules = ["q_proj", "v_proj"]
 pairs = 8
-fluency_margin = 2.0
 batch_size = 2
 [pcm]
 kind = "{kind}"

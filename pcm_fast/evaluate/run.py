@@ -81,7 +81,7 @@ def evaluate(
     scale = {
         "rewards": json.loads((artefacts / FILE).read_text(encoding="utf-8")),
         "scorers": {name: Path(dimension.reward).name for name, dimension in config.dimensions.items()},
-        "fluency_margin": config.experts.fluency_margin,
+        "fluency_margin": config.fluency_margin,
     }
     results: dict[str, Result] = {}
     for method in chosen:

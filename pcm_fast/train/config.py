@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pcm_fast.train.dimensions import DATA, Dimension, read_dimensions
 from pcm_fast.train.toml import none_left, read_toml, section, take
@@ -41,7 +42,6 @@ class ExpertConfig:
         rank, alpha: of the adapter.
         modules: the sites it acts on.
         pairs: prompts to learn from at most, those with the greatest difference of reward first.
-        fluency_margin: nats a token by which a chosen answer may be less likely under the base than the base's own are.
         relevance: what a chosen answer loses for every standard deviation by which it is further from the prompt, by
             MiniLM, than the base's answers are.
         learning_rate, beta, epochs, batch_size, warmup: of the optimiser and the loss.
@@ -52,7 +52,6 @@ class ExpertConfig:
     alpha: int = 16
     modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     pairs: int = 200
-    fluency_margin: float = 0.5
     relevance: float = 0.5
     learning_rate: float = 2e-4
     beta: float = 0.1
@@ -139,7 +138,10 @@ class Config:
         compatible: pairs of dimensions that are asked for together.
         joins: sentences around a preference, with "{}".
         seed: of everything that is drawn.
-        answers, experts, pcm, evaluate: see there.
+        fluency_margin: nats a token by which an answer may be less likely under the base than the base's own are on
+            average; what is further off is not chosen to learn from, and loses reward.
+        answers, pcm, evaluate: see there.
+        experts: by dimension; what the file says under [experts], and for one of them under [experts.<dimension>].
     """
 
     path: Path
@@ -149,8 +151,9 @@ class Config:
     compatible: tuple[tuple[str, str], ...]
     joins: tuple[str, ...]
     seed: int = 0
+    fluency_margin: float = 0.5
+    experts: Mapping[str, ExpertConfig] = field(default_factory=dict)
     answers: AnswerConfig = field(default_factory=AnswerConfig)
-    experts: ExpertConfig = field(default_factory=ExpertConfig)
     pcm: PCMConfig = field(default_factory=PCMConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
@@ -174,6 +177,7 @@ def load_config(path: str | Path | None = None) -> Config:
     if (here / base).exists():
         base = str(here / base)
     seed = take(path, table, "seed", int, 0)
+    margin = float(take(path, table, "fluency_margin", (int, float), 0.5))
     evaluate = table.pop("evaluate", {})
     if isinstance(evaluate, dict) and "prompts" in evaluate:
         evaluate["prompts"] = here / str(evaluate["prompts"])
@@ -185,8 +189,9 @@ def load_config(path: str | Path | None = None) -> Config:
         compatible=compatible,
         joins=joins,
         seed=seed,
+        fluency_margin=margin,
         answers=section(path, "answers", AnswerConfig, table.pop("answers", {})),
-        experts=section(path, "experts", ExpertConfig, table.pop("experts", {})),
+        experts=_experts(path, table.pop("experts", {}), dimensions),
         pcm=section(path, "pcm", PCMConfig, table.pop("pcm", {})),
         evaluate=section(path, "evaluate", EvaluateConfig, evaluate),
     )
@@ -200,3 +205,13 @@ def load_config(path: str | Path | None = None) -> Config:
     if config.pcm.kind == "separate" and not config.pcm.model:
         raise ValueError(f"{path}: pcm.model: expected the directory of a model for a separate PCM, got none")
     return config
+
+
+def _experts(path: Path, table: Any, dimensions: Mapping[str, Dimension]) -> dict[str, ExpertConfig]:
+    own = {name: table.pop(name) for name in dimensions if isinstance(table, dict) and name in table}
+    common: ExpertConfig = section(path, "experts", ExpertConfig, table)
+    experts = {}
+    for name in dimensions:
+        values = {**asdict(common), "modules": list(common.modules), **own.get(name, {})}
+        experts[name] = section(path, f"experts.{name}", ExpertConfig, values)
+    return experts

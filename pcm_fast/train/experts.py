@@ -49,8 +49,9 @@ def train_experts(config: Config, directory: Path, only: Sequence[str], progress
         output = directory / "experts" / name
         if (only and name not in only) or (output / "adapter_model.safetensors").exists():
             continue
-        pairs = choose_pairs(pool, rewards, name, config.experts)
-        steps = max(1, round(len(pairs) * config.experts.epochs / config.experts.batch_size))
+        expert = config.experts[name]
+        pairs = choose_pairs(pool, rewards, name, expert)
+        steps = max(1, round(len(pairs) * expert.epochs / expert.batch_size))
         task = progress.add_task(name, total=steps)
 
         def advance(step: int, figures: dict[str, float], task: int = task) -> None:
@@ -58,14 +59,14 @@ def train_experts(config: Config, directory: Path, only: Sequence[str], progress
 
         seed = config.seed + index
         where = work / "dpo" / name
-        curve = train_adapter(checkpoint, checkpoint.tokenizer, pairs, config.experts, seed, where, output, advance)
+        curve = train_adapter(checkpoint, checkpoint.tokenizer, pairs, expert, seed, where, output, advance)
         (output / "README.md").write_text(_card(config, name, pairs))
         (output / CURVE).write_text(json.dumps(curve, indent=0) + "\n")
 
 
 def _card(config: Config, name: str, pairs: Sequence[Pair]) -> str:
     """The model card of an expert."""
-    expert = config.experts
+    expert = config.experts[name]
     gap = np.mean([pair.gap for pair in pairs])
     return f"""---
 base_model: {Path(config.base).name}

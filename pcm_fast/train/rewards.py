@@ -50,7 +50,7 @@ class Rewards:
         self.dimensions = tuple(config.dimensions)
         self.scales = dict(scales)
         self.fluency_mean = fluency_mean
-        self.fluency_floor = fluency_mean - config.experts.fluency_margin
+        self.fluency_floor = fluency_mean - config.fluency_margin
         self._scorers = {name: load_scorer(dimension.reward) for name, dimension in config.dimensions.items()}
         self._base = config.base
         self._fluency: Fluency | None = None

@@ -25,12 +25,16 @@ def read_toml(path: Path) -> dict[str, Any]:
     return table
 
 
-def take(path: Path, table: dict[str, Any], key: str, kind: type, default: Any) -> Any:
+def take(path: Path, table: dict[str, Any], key: str, kind: type | tuple[type, ...], default: Any) -> Any:
     """Take a value out of a table; ValueError unless it is of this kind."""
     value = table.pop(key, default)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{path}: {key}: expected {kind.__name__}, got {value!r}")
+        raise ValueError(f"{path}: {key}: expected {_kinds(kind)}, got {value!r}")
     return value
+
+
+def _kinds(kind: type | tuple[type, ...]) -> str:
+    return " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
 
 
 def none_left(path: Path, table: Mapping[str, Any], section: str = "") -> None:
