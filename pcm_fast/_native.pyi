@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -96,6 +96,19 @@ class MixtureStep:
     @property
     def seconds(self) -> float: ...
 
+class GraphStore:
+    def __init__(
+        self,
+        capture: Callable[[int, int], tuple[Any, int]],  # (batch bucket, draft) -> (graph, bytes)
+        launch: Callable[[Any], object],
+        buckets: Sequence[int],
+        budget_bytes: int,
+    ) -> None: ...
+    def bucket(self, batch: int) -> int: ...
+    def run(self, batch: int, draft: int = 0) -> bool: ...
+    def stats(self) -> dict[str, int]: ...
+    def clear(self) -> None: ...
+
 class OutOfBlocks(RuntimeError): ...  # noqa: N818
 class OutOfRows(RuntimeError): ...  # noqa: N818
 
@@ -169,3 +182,5 @@ class KvStorage:
         self, layer: int, block_table: Int32s, start: int, count: int
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]: ...
     def copy_block(self, src: int, dst: int) -> None: ...
+
+def ordered_moves(moves: Sequence[tuple[int, int]], spare: int = -1) -> list[tuple[int, int]]: ...
