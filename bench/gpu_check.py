@@ -1,4 +1,4 @@
-"""Everything that can be said of the Triton kernels without a GPU; one table at the end, and 1 if anything is amiss.
+"""Everything that can be said of the GPU path without a GPU; one table at the end, and 1 if anything is amiss.
 
 python bench/gpu_check.py
 """
@@ -16,10 +16,15 @@ PYTEST = [
     "-q",
     "-n",
     "2",
-    *(f"tests/gpu/test_{name}.py" for name in ("mix_sample", "adapters", "attention")),
+    *(f"tests/gpu/test_{name}.py" for name in ("mix_sample", "adapters", "attention", "gpu_ops")),
+]
+BACKEND = [
+    *PYTEST[:5],
+    *(f"tests/gpu/test_{name}.py" for name in ("torch_backend", "traced_step", "torch_graphs", "gpu_bench")),
 ]
 PARTS = {
     "interpreted, against the oracle and torch": PYTEST,
+    "the torch backend, on the CPU and traced": BACKEND,
     "mistakes made on purpose": ["tests/gpu/mutate_kernels.py"],
     "compiled for four chips": ["bench/gpu_resources.py"],
     "bytes and launches counted": ["bench/gpu_count.py"],
