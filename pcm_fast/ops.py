@@ -57,7 +57,9 @@ def _triton() -> str:
 
 
 def _cuda() -> str:
-    return "not available: this build has no CUDA extension"
+    if importlib.util.find_spec("pcm_fast._cuda") is None:
+        return "not available: this build has no CUDA extension"
+    return "available (the KV cache's operations; the rest is triton's)"
 
 
 def _interpreted() -> bool:
