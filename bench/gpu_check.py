@@ -10,24 +10,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PYTEST = [
-    "-m",
-    "pytest",
-    "-q",
-    "-n",
-    "2",
-    *(f"tests/gpu/test_{name}.py" for name in ("mix_sample", "adapters", "attention", "gpu_ops")),
-]
-BACKEND = [
-    *PYTEST[:5],
-    *(f"tests/gpu/test_{name}.py" for name in ("torch_backend", "traced_step", "torch_graphs", "gpu_bench")),
-]
 PARTS = {
-    "interpreted, against the oracle and torch": PYTEST,
-    "the torch backend, on the CPU and traced": BACKEND,
-    "mistakes made on purpose": ["tests/gpu/mutate_kernels.py"],
-    "compiled for four chips": ["bench/gpu_resources.py"],
-    "bytes and launches counted": ["bench/gpu_count.py"],
+    "interpreted, against the oracle and torch": [sys.executable, "-m", "pytest", "-q", "-n", "2", "tests/gpu"],
+    "csrc/cuda on the CPU, under sanitizers": ["make", "--silent", "emulate"],
+    "mistakes made on purpose: Triton": [sys.executable, "tests/gpu/mutate_kernels.py"],
+    "mistakes made on purpose: CUDA": [sys.executable, "tests/cuda/mutate.py"],
+    "compiled for four chips": [sys.executable, "bench/gpu_resources.py"],
+    "bytes and launches counted": [sys.executable, "bench/gpu_count.py"],
 }
 
 
@@ -37,9 +26,7 @@ def main() -> int:
     rows = []
     for part, command in PARTS.items():
         started = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False
-        )
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
         print(done.stdout, flush=True)
         last = (done.stdout.strip().splitlines() or ["nothing printed"])[-1]
         verdict = "well" if done.returncode == 0 else "BREACH"

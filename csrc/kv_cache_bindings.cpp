@@ -187,6 +187,9 @@ void bind_manager(py::module_& m) {
           py::arg("row"), py::arg("tokens"), "The next reserved slots now hold the keys and values of these tokens.")
       .def("truncate", &KvCacheManager::truncate, py::arg("row"), py::arg("length"))
       .def("free", &KvCacheManager::free, py::arg("row"))
+      .def(
+          "defragment", [](KvCacheManager& self) { return pairs(self.defragment()); },
+          "Content into the blocks at the front -> [(src, dst)], the blocks to copy before anything is written.")
       .def("blocks_needed", &KvCacheManager::blocks_needed, py::arg("row"), py::arg("count"))
       .def("num_free", &KvCacheManager::num_free, "Blocks that no row holds, cached ones included.")
       .def("length", &KvCacheManager::length, py::arg("row"))

@@ -10,8 +10,15 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace pcm {
+
+// "cuda"; "cpu" where tests run the kernels without a device.
+const char* device_type();
+
+// Compute capabilities that the kernels were compiled for, like 80 and 90.
+std::vector<int> architectures();
 
 enum class DeviceDtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 

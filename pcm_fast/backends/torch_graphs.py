@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import AbstractContextManager
 from functools import partial
@@ -48,12 +49,18 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # one, so that its allocations can be used again by the next capture
+        # One for all, so that what a capture leaves free is found by the next.
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
-    def warm_up(self) -> AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def warm_up(self) -> Iterator[None]:
         """See ``GraphApi``."""
-        return _Aside(self._stream)
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
 
     def capture(self, graph: Any) -> AbstractContextManager[Any]:
         """See ``GraphApi``. Other threads may go on using CUDA meanwhile."""
@@ -70,23 +77,6 @@ class CudaGraphs:
     def reserved(self) -> int:
         """See ``GraphApi``."""
         return torch.cuda.memory_reserved(self._device)
-
-
-class _Aside:
-    """On another stream, which first waits for the current one, and which that then waits for."""
-
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._stream = stream
-
-    def __enter__(self) -> None:
-        self._current = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(self._current)
-        self._inside = torch.cuda.stream(self._stream)
-        self._inside.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._inside.__exit__(*error)
-        self._current.wait_stream(self._stream)
 
 
 class DecodeGraphs:

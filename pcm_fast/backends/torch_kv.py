@@ -11,6 +11,7 @@ from collections.abc import Sequence as Items
 import numpy as np
 import torch
 
+from pcm_fast.backends import cuda_kv
 from pcm_fast.checkpoint import ModelConfig
 from pcm_fast.kv_cache import BLOCK_SIZE
 
@@ -36,18 +37,43 @@ class DeviceKv:
     def copy_blocks(self, copies: Items[tuple[int, int]]) -> None:
         """Copy blocks (from, to), all at the same time."""
         pairs = torch.from_numpy(np.array(copies, np.int64)).to(self.cache.device)
-        self.cache[pairs[:, 1]] = self.cache[pairs[:, 0]]
+        if _by_extension(self.cache):
+            cuda_kv.copy_blocks(self.cache, pairs)
+        else:
+            self.cache[pairs[:, 1]] = self.cache[pairs[:, 0]]
+
+
+def _by_extension(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cuda" and cuda_kv.available()
 
 
 def store_kv(
     keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor
 ) -> None:
-    """Write keys and values [T, heads, size] into their slots [T] int64; a negative slot stands for the last block."""
+    """Write keys and values [T, heads, size] into their slots [T] int64 of a ``DeviceKv.layer``; -1 writes nothing."""
+    if _by_extension(key_cache):
+        _store_kv(keys, values, slots, key_cache, value_cache)
+        return
     blocks, _, block_size, _ = key_cache.shape
     slots = torch.where(slots < 0, (blocks - 1) * block_size, slots)
     block, place = slots // block_size, slots % block_size
     key_cache[block, :, place] = keys.to(key_cache.dtype)
     value_cache[block, :, place] = values.to(value_cache.dtype)
+
+
+@torch.library.custom_op("pcm_fast::store_kv", mutates_args=("key_cache", "value_cache"))
+def _store_kv(
+    keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor
+) -> None:
+    cuda_kv.store_kv(keys, values, slots, key_cache, value_cache)
+
+
+@_store_kv.register_fake
+def _(
+    keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor
+) -> None:
+    if slots.dtype != torch.int64:
+        raise TypeError(f"slots: expected int64, got {slots.dtype}")
 
 
 def advance(
@@ -78,6 +104,12 @@ def advance(
         tables: [R, .] int32, the blocks of each row.
         going: [1] int32, how many sequences go on.
     """
+    if _by_extension(tables):
+        _advance(
+            drawn, stop_tokens, state, draw_positions, sequence_of, capacities, input_ids, positions, slots, lengths,
+            tables, going, BLOCK_SIZE,
+        )  # fmt: skip
+        return
     mine = sequence_of >= 0
     whose = sequence_of.clamp(min=0).long()
     full = mine & (positions + 1 >= capacities)
@@ -96,3 +128,50 @@ def advance(
     block = tables.gather(1, at[:, None])[:, 0]
     slots.copy_(torch.where(moves, block * BLOCK_SIZE + positions % BLOCK_SIZE, -1))
     going.copy_(goes.sum(0, keepdim=True))
+
+
+@torch.library.custom_op(
+    "pcm_fast::advance",
+    mutates_args=("state", "draw_positions", "input_ids", "positions", "slots", "lengths", "going"),
+)
+def _advance(
+    drawn: torch.Tensor,
+    stop_tokens: torch.Tensor,
+    state: torch.Tensor,
+    draw_positions: torch.Tensor,
+    sequence_of: torch.Tensor,
+    capacities: torch.Tensor,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    lengths: torch.Tensor,
+    tables: torch.Tensor,
+    going: torch.Tensor,
+    block_size: int,
+) -> None:
+    cuda_kv.advance(
+        drawn, stop_tokens, state, draw_positions, sequence_of, capacities, input_ids, positions, slots, lengths,
+        tables, going, block_size,
+    )  # fmt: skip
+
+
+@_advance.register_fake
+def _(
+    drawn: torch.Tensor,
+    stop_tokens: torch.Tensor,
+    state: torch.Tensor,
+    draw_positions: torch.Tensor,
+    sequence_of: torch.Tensor,
+    capacities: torch.Tensor,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    lengths: torch.Tensor,
+    tables: torch.Tensor,
+    going: torch.Tensor,
+    block_size: int,
+) -> None:
+    whole = (drawn, stop_tokens, draw_positions, input_ids, positions, slots)
+    short = (state, sequence_of, capacities, lengths, tables, going)
+    if any(x.dtype != torch.int64 for x in whole) or any(x.dtype != torch.int32 for x in short):
+        raise TypeError("advance: expected int64 tokens, positions and slots, int32 states, lengths and tables")

@@ -11,6 +11,7 @@ from torch.nn import functional
 from pcm_fast import ops
 from pcm_fast.backends import torch_ops
 from pcm_fast.backends.torch_kv import DeviceKv, store_kv
+from pcm_fast.backends.torch_model import TorchModel
 from pcm_fast.backends.torch_models import TorchModels, pcm_weights
 from pcm_fast.kv_cache import BLOCK_SIZE, KvCacheManager
 from pcm_fast.step_arrays import StepArrays
@@ -30,14 +31,10 @@ def read(
     states = []
     for reading in readings:
         model = models.models[reading.model]
-        attention = MixedAttention(reading, caches[reading.model], kv[reading.model], models.device)
+        attention = MixedAttention(model, reading, caches[reading.model], kv[reading.model])
         tokens, positions = (_tensor(x.astype(np.int64), models.device) for x in (reading.tokens, reading.positions))
-        hidden = model.forward(
-            tokens,
-            positions,
-            _tensor(reading.adapters, models.device),
-            lambda layer, q, k, v, model=model, attention=attention: attention(layer, q, k, v, model.window(layer)),
-        )
+        adapters = _tensor(reading.adapters, models.device)
+        hidden = model.forward(tokens, positions, adapters, attention)
         states.append(model.final(hidden[_tensor(reading.wanted.astype(np.int64), models.device)]))
     if len(arrays.tokens):
         _weigh(models, states, arrays)
@@ -48,10 +45,11 @@ def read(
 class MixedAttention:
     """Attention of a reading: its tokens' keys and values are stored, then every row sees its own context."""
 
-    def __init__(self, reading: Reading, cache: KvCacheManager, kv: DeviceKv, device: torch.device) -> None:
+    def __init__(self, model: TorchModel, reading: Reading, cache: KvCacheManager, kv: DeviceKv) -> None:
+        device = model.device
         tables, positions = cache.block_tables[reading.slots], reading.positions.astype(np.int64)
         blocks = tables[np.arange(len(positions)), positions // BLOCK_SIZE]
-        self._kv = kv
+        self._model, self._kv = model, kv
         self._slots = _tensor(blocks * np.int64(BLOCK_SIZE) + positions % BLOCK_SIZE, device)
         single = np.array([start for _, start, count in reading.spans if count == 1], np.int64)
         used = -(-int(positions[single].max() + 1) // BLOCK_SIZE) if len(single) else 0
@@ -65,11 +63,11 @@ class MixedAttention:
                 row = tables[start, : -(-(first + count) // BLOCK_SIZE)].astype(np.int64)
                 self._chunks.append((start, count, first, _tensor(row, device)))
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """[T, H, D] from queries [T, H, D], keys and values [T, Hkv, D]."""
         key_cache, value_cache = self._kv.layer(layer)
         store_kv(k, v, self._slots, key_cache, value_cache)
-        scale = q.shape[-1] ** -0.5
+        scale, window = q.shape[-1] ** -0.5, self._model.window(layer)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if len(self._single):
             queries = q[self._single].to(key_cache.dtype)
@@ -158,7 +156,7 @@ def _draw(models: TorchModels, logits: torch.Tensor, arrays: StepArrays) -> None
             arrays.statuses[s] = code
 
 
-def draw_columns(arrays: StepArrays, chosen: np.ndarray) -> dict[str, np.ndarray | None]:  # type: ignore[type-arg]
+def draw_columns(arrays: StepArrays, chosen: np.ndarray) -> dict[str, np.ndarray | None]:
     """How some sequences draw, by the names of ``torch_ops.mix_sample``; None for a limit that none of them has."""
     top_k, top_p, min_p = (column[chosen] for column in (arrays.top_k, arrays.top_p, arrays.min_p))
     return {
@@ -172,5 +170,5 @@ def draw_columns(arrays: StepArrays, chosen: np.ndarray) -> dict[str, np.ndarray
     }
 
 
-def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:  # type: ignore[type-arg]
+def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(array).to(device)

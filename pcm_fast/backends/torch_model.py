@@ -81,7 +81,7 @@ class TorchModel:
         x = functional.embedding(tokens, self._embedding).float()
         for i, layer in enumerate(self._layers):
             qkv = layer.qkv(self._normed(x, layer.input_norm), adapters).view(len(tokens), -1, size)
-            q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
+            q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = self._normed(q, layer.q_norm), self._normed(k, layer.k_norm)
             q, k = q * cos + _half_turned(q) * sin, k * cos + _half_turned(k) * sin

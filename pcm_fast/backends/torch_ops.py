@@ -7,6 +7,8 @@ tensor gets says which shapes and types come out, so that a step can be traced f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional
 
@@ -24,6 +26,12 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def _expect(name: str, tensor: torch.Tensor | None, dtype: torch.dtype) -> None:
+    """What a kernel would read as another type is an error already while a step is traced."""
+    if tensor is not None and tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+
+
 # --- LoRA by row: two launches for each group of sites.
 
 
@@ -37,7 +45,8 @@ def shrink(x: torch.Tensor, A: torch.Tensor, adapter: torch.Tensor) -> torch.Ten
         from pcm_fast.kernels import adapters
 
         splits = max(1, min(adapters.MAX_SPLITS, _processors(x.device) // max(len(x), 1)))
-        return adapters.shrink(x, A, adapter, splits=splits)
+        parts: torch.Tensor = adapters.shrink(x, A, adapter, splits=splits)
+        return parts
     low = x.new_zeros(1, len(x), A.shape[1])
     for n in range(len(A)):
         mine = adapter == n
@@ -48,7 +57,7 @@ def shrink(x: torch.Tensor, A: torch.Tensor, adapter: torch.Tensor) -> torch.Ten
 
 @shrink.register_fake
 def _(x: torch.Tensor, A: torch.Tensor, adapter: torch.Tensor) -> torch.Tensor:
-    torch._check(adapter.dtype == torch.int32, lambda: f"adapter: expected int32, got {adapter.dtype}")
+    _expect("adapter", adapter, torch.int32)
     return x.new_empty((1, x.shape[0], A.shape[1]), dtype=torch.float32)
 
 
@@ -69,8 +78,9 @@ def expand(parts: torch.Tensor, B: torch.Tensor, adapter: torch.Tensor, y: torch
 
 @expand.register_fake
 def _(parts: torch.Tensor, B: torch.Tensor, adapter: torch.Tensor, y: torch.Tensor) -> None:
-    torch._check(adapter.dtype == torch.int32, lambda: f"adapter: expected int32, got {adapter.dtype}")
-    torch._check(parts.shape[2] == B.shape[2], lambda: f"B: expected rank {parts.shape[2]}, got {B.shape[2]}")
+    _expect("adapter", adapter, torch.int32)
+    if parts.shape[2] != B.shape[2]:
+        raise ValueError(f"B: expected rank {parts.shape[2]}, got {B.shape[2]}")
 
 
 # --- Attention of one token a row over the paged cache.
@@ -100,9 +110,10 @@ def attention(
         chunks = -(-tables.shape[1] * block_size // kernel.BLOCK)
         wanted = 2 * _processors(queries.device) // max(rows * kv_heads, 1)
         splits = max(1, min(kernel.MAX_SPLITS, chunks, wanted))
-        return kernel.attention(
+        attended: torch.Tensor = kernel.attention(
             queries, key_cache, value_cache, tables, lengths, scale=scale, window=window or None, splits=splits
         )
+        return attended
     longest = int(lengths.max()) if rows else 0
     blocks = tables[:, : -(-longest // block_size)].clamp(min=0).long()
     if blocks.shape[1] == 0:
@@ -136,8 +147,8 @@ def _(
     scale: float,
     window: int,
 ) -> torch.Tensor:
-    for name, tensor in (("tables", tables), ("lengths", lengths)):
-        torch._check(tensor.dtype == torch.int32, lambda name=name: f"{name}: expected int32")
+    _expect("tables", tables, torch.int32)
+    _expect("lengths", lengths, torch.int32)
     return torch.empty_like(queries, memory_format=torch.contiguous_format)
 
 
@@ -178,7 +189,7 @@ def mix_sample(
     expert_logprobs = torch.full((batch, experts), torch.nan)
     if batch == 0:
         return tokens, logprobs, torch.empty(0, dtype=torch.int32), expert_logprobs
-    draws = _native.Draws(
+    columns: list[Any] = [
         (temperature == 0).numpy(),
         temperature.numpy(),
         0 if top_k is None else top_k.numpy(),
@@ -187,7 +198,8 @@ def mix_sample(
         *(column.numpy().view("uint64") for column in (seeds, sequences, positions)),
         tokens.numpy(),
         logprobs.numpy(),
-    )
+    ]
+    draws = _native.Draws(*columns)
     statuses = ops.sampler(torch.get_num_threads()).mix_sample(
         ops.view(expert_logits), weights.numpy(), ops.MERGES[merge], exponent, draws, None, expert_logprobs.numpy()
     )

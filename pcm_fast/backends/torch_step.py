@@ -175,7 +175,7 @@ class StepBuffers:
                 whole[:count] = values
                 self._send(name, whole)
 
-    def _send(self, name: str, array: np.ndarray) -> None:  # type: ignore[type-arg]
+    def _send(self, name: str, array: np.ndarray) -> None:
         buffer: torch.Tensor = getattr(self, name)
         sent = torch.from_numpy(array)
         assert sent.dtype == buffer.dtype, name
@@ -225,8 +225,8 @@ def decode_step(models: TorchModels, kv: Items[DeviceKv], buffers: StepBuffers) 
         exponent=shape.exponent,
         **limits,
     )
-    parts = (tokens[:, None].int(), status[:, None], logprobs[:, None].view(torch.int32))
-    parts += (expert_logprobs.view(torch.int32), weights.view(torch.int32))
+    floats = (logprobs[:, None], expert_logprobs, weights)
+    parts = [tokens[:, None].int(), status[:, None], *(x.view(torch.int32) for x in floats)]
     torch.cat(parts, 1, out=buffers.results)
     advance(
         tokens,

@@ -1,5 +1,9 @@
 """What a CUDA graph cannot hold, noticed on fake tensors: reads by the host, shapes from data, tensors elsewhere."""
 
+import contextlib
+import ctypes
+from pathlib import Path
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -33,3 +37,20 @@ class DeviceRegion(TorchDispatchMode):
                 raise NotCapturableError(f"{name}: a tensor on {tensor.device}")
         self.operators += 1
         return result
+
+
+@contextlib.contextmanager
+def device_guard():
+    """Have torch choose a CUDA device without one, as builds with CUDA do for fake tensors: by doing nothing.
+
+    A build without CUDA has no guard at all for its devices; it gets that of the meta device.
+    """
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    guards = (ctypes.c_void_p * 20).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    cuda, meta = 1, 14  # c10/core/DeviceType.h
+    before = guards[cuda]
+    guards[cuda] = before or guards[meta]
+    try:
+        yield
+    finally:
+        guards[cuda] = before
