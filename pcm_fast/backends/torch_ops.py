@@ -239,9 +239,7 @@ def _(
         "min_p": (min_p, torch.float64),
     }
     for name, (tensor, dtype) in wanted.items():
-        torch._check(
-            tensor is None or tensor.dtype == dtype, lambda name=name, dtype=dtype: f"{name}: expected {dtype}"
-        )
+        _expect(name, tensor, dtype)
     return (
         seeds.new_empty(batch),
         weights.new_empty(batch),

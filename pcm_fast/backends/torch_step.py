@@ -257,6 +257,7 @@ class DecodeAttention:
         store_kv(k, v, self._slots, key_cache, value_cache)
         queries, window = q.to(key_cache.dtype).contiguous(), self._model.window(layer)
         scale = q.shape[-1] ** -0.5
-        return torch_ops.attention(queries, key_cache, value_cache, self._tables, self._lengths, scale, window).to(
-            q.dtype
+        out: torch.Tensor = torch_ops.attention(
+            queries, key_cache, value_cache, self._tables, self._lengths, scale, window
         )
+        return out.to(q.dtype)

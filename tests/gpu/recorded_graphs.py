@@ -15,6 +15,12 @@ def tensors_in(*values):
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
+def is_view(args, kwargs, result):
+    """Whether the results lie where arguments do."""
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors_in(args, kwargs)}
+    return all(tensor.untyped_storage().data_ptr() in storages for tensor in tensors_in(result))
+
+
 class _Tape(TorchDispatchMode):
     """Notes every operator with its arguments and results, and keeps what it overwrites."""
 
@@ -33,9 +39,7 @@ class _Tape(TorchDispatchMode):
                 written += tensors_in(kwargs[argument.name])
         self.overwritten += [(tensor, tensor.clone()) for tensor in written]
         result = func(*args, **kwargs)
-        storages = {tensor.untyped_storage().data_ptr() for tensor in tensors_in(args, kwargs)}
-        is_view = all(tensor.untyped_storage().data_ptr() in storages for tensor in tensors_in(result))
-        if written or not is_view:
+        if written or not is_view(args, kwargs, result):
             self.graph.append((func, args, kwargs, None if written else result))
         return result
 
@@ -84,13 +88,14 @@ class RecordedGraphs:
 
 
 class Operators(TorchDispatchMode):
-    """The names of operators that run outside of a replay: each may allocate."""
+    """The names of operators that run outside of a replay and are more than a view: each may allocate."""
 
     def __init__(self, graphs):
         super().__init__()
         self.graphs, self.names = graphs, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not self.graphs.replaying:
+        result = func(*args, **(kwargs or {}))
+        if not self.graphs.replaying and not is_view(args, kwargs, result):
             self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
+        return result
