@@ -91,11 +91,10 @@ class Decode:
         """The same mixture as one merged transformers model after the other, on the device: the naive decoder there."""
         from pcm_fast.transformers_model import build_model, merge_adapter
 
-        base = build_model(self._spec.checkpoint).to(self._device)
-        models = [
-            base if expert.adapter is None else merge_adapter(base.cpu(), expert.adapter).to(self._device)
-            for expert in self._spec.experts
-        ]
+        base = build_model(self._spec.checkpoint)
+        adapters = [expert.adapter for expert in self._spec.experts if expert.adapter is not None]
+        assert len(adapters) == len(self._spec.experts)
+        models = [merge_adapter(base, adapter).to(self._device) for adapter in adapters]
         caches: list[Any] = [None] * len(models)
         unread = torch.tensor([self._prompts.prompt(0)], device=self._device)
         moments = []

@@ -101,12 +101,13 @@ def _mix_sample_against_oracle(device: torch.device, dry: bool, splits: int) -> 
 def draw_columns(params: list[SamplingParams], device: torch.device) -> dict[str, torch.Tensor]:
     """Sampling parameters as mix_sample takes them; token 7 of sequences 0, 1, ..."""
     whole = partial(torch.tensor, dtype=torch.int64, device=device)
+    limits = {"top_k": whole([p.top_k for p in params])} if any(p.top_k for p in params) else {}
     return {
+        **limits,
         "seeds": whole([p.seed for p in params]),
         "sequences": whole(list(range(len(params)))),
         "positions": whole([7] * len(params)),
         "temperature": torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
-        "top_k": whole([p.top_k for p in params]),
         "top_p": torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
     }
 
@@ -180,15 +181,10 @@ def _calls(device: torch.device, dry: bool) -> list[Call]:
         A, B = (torch.randn(5, *shape, device=device, dtype=dtype) for shape in ((rank, width), (width, rank)))
         adapter = (torch.arange(rows) % 5).to(device, torch.int32)
         splits = max(1, min(adapter_kernels.MAX_SPLITS, processors // rows))
-
-        def lora(
-            x: torch.Tensor = x, A: torch.Tensor = A, B: torch.Tensor = B, adapter: torch.Tensor = adapter,
-            splits: int = splits,
-        ) -> None:  # fmt: skip
-            adapter_kernels.expand(adapter_kernels.shrink(x, A, adapter, splits=splits), B, adapter, x)
-
+        y = torch.zeros_like(x)
+        run = partial(_lora, x, A, B, adapter, y, splits)
         least = min(rows, 5) * (A[0].nbytes + B[0].nbytes) + 3 * x.nbytes
-        calls.append(Call(f"shrink and expand, {rows} rows, {width}, rank {rank}", lora, least))
+        calls.append(Call(f"shrink and expand, {rows} rows, {width}, rank {rank}", run, least))
     for rows, context in [(2, 20)] if dry else [(5, 4096), (160, 1024)]:
         queries, caches, tables, lengths = _context([context] * rows, 32, 8, 128, dtype, device)
         splits = max(1, min(64, 2 * processors // (rows * 8)))
@@ -196,6 +192,12 @@ def _calls(device: torch.device, dry: bool) -> list[Call]:
         least = 2 * rows * context * 8 * 128 * queries.element_size()
         calls.append(Call(f"attention, {rows} rows of {context} tokens", run, least))
     return calls
+
+
+def _lora(
+    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, adapter: torch.Tensor, y: torch.Tensor, splits: int
+) -> None:
+    adapter_kernels.expand(adapter_kernels.shrink(x, A, adapter, splits=splits), B, adapter, y)
 
 
 def _verdict(kernel: str, cases: int, found: str, well: bool) -> dict[str, Any]:

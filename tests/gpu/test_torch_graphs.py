@@ -110,8 +110,8 @@ def test_nothing_is_allocated_and_no_buffer_moves_between_replays(spec, models):
         busy += bool(outside.names)
     assert len(addresses) == 1
     assert quiet > 30
-    assert 0 < busy < 5  # steps in which rows were given blocks
-    assert busy == len(extensions) - 1
+    assert busy == len(extensions)  # steps before which rows were given blocks
+    assert 2 <= busy < 8
     engine.result(request_id)
 
 
