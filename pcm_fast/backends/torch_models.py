@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from pcm_fast import ops
-from pcm_fast.backends import readers
+from pcm_fast.backends import cuda_kv, readers
 from pcm_fast.backends.native_model import ROPE_TYPES
 from pcm_fast.backends.torch_linear import on_device
 from pcm_fast.backends.torch_model import TorchModel
@@ -19,6 +20,7 @@ from pcm_fast.kv_cache import host_memory
 from pcm_fast.pcm import LearnedPCM
 from pcm_fast.spec import ModelSpec
 
+LOGGER = logging.getLogger(__name__)
 WEIGHTS = ("auto", "float32", "bfloat16")
 
 
@@ -64,6 +66,9 @@ class TorchModels:
         assert reason_against(spec) is None
         self.device, self.kv_dtype = torch.device(device), kv_dtype
         self.num_threads = ops.num_threads(num_threads)
+        if self.device.type == "cuda" and not cuda_kv.available():
+            ops.backend()  # raises if it is forced
+            LOGGER.warning("keys and values are stored by torch's operators: this build has no CUDA extension")
         self.lock = threading.Lock()
         found = readers.Readers.of(spec, "torch", weights, kv_dtype, device)
         with self.running():

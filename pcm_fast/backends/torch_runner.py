@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pcm_fast.backends import cuda_kv, torch_mixed
+from pcm_fast.backends import torch_mixed
 from pcm_fast.backends.torch_graphs import CudaGraphs, DecodeGraphs, GraphApi
 from pcm_fast.backends.torch_kv import DeviceKv
 from pcm_fast.backends.torch_models import TorchModels
@@ -65,8 +65,6 @@ class TorchRunner:
             ]
             if graph_api is None and models.device.type == "cuda":
                 graph_api = CudaGraphs(models.device)
-        if self._on_gpu and not cuda_kv.available():
-            LOGGER.warning("keys and values are stored by torch's operators: this build has no CUDA extension")
         self.graphs: DecodeGraphs | None = None
         if graph_api is not None:
             self.graphs = DecodeGraphs(graph_api, self._make_buffers, self._decode, _buckets(max_batch))
