@@ -15,6 +15,13 @@ def tensors_in(*values):
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
+def written_by(func, args, kwargs):
+    """The tensors that an operator writes into."""
+    values = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    writes = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return tensors_in([values[name] for name in writes if name in values])
+
+
 def is_view(args, kwargs, result):
     """Whether the results lie where arguments do."""
     storages = {tensor.untyped_storage().data_ptr() for tensor in tensors_in(args, kwargs)}
@@ -30,13 +37,7 @@ class _Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        written = []
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                written += tensors_in(value)
-        for argument in func._schema.arguments:
-            if argument.name in kwargs and argument.alias_info is not None and argument.alias_info.is_write:
-                written += tensors_in(kwargs[argument.name])
+        written = written_by(func, args, kwargs)
         self.overwritten += [(tensor, tensor.clone()) for tensor in written]
         result = func(*args, **kwargs)
         if written or not is_view(args, kwargs, result):
@@ -88,14 +89,15 @@ class RecordedGraphs:
 
 
 class Operators(TorchDispatchMode):
-    """The names of operators that run outside of a replay and are more than a view: each may allocate."""
+    """The names of operators that run outside of a replay and are more than a view: they allocate or write."""
 
     def __init__(self, graphs):
         super().__init__()
         self.graphs, self.names = graphs, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if not self.graphs.replaying and not is_view(args, kwargs, result):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not self.graphs.replaying and (written_by(func, args, kwargs) or not is_view(args, kwargs, result)):
             self.names.append(func._schema.name)
         return result

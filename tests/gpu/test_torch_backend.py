@@ -17,6 +17,7 @@ from pcm_fast.pcm import CallablePCM, LearnedPCM, NamedPCM, load_pcm
 from pcm_fast.spec import ModelSpec
 
 NAMES = ("base", "one", "two")
+LONG = 100
 LICENSE = Path(__file__).parents[2] / "LICENSE"
 
 
@@ -118,13 +119,14 @@ def test_processors_criteria_and_callables_are_seen_in_python(mixture):
 
 
 def requests_of(number):
+    """One of many different requests; from LONG on short prompts and long answers, for which room runs out."""
     rng = np.random.default_rng(number)
     return {
-        "input_ids": ids_of(number % 4, 1, int(rng.choice([1, 3, 17, 40]))),
+        "input_ids": ids_of(number % 4, 1, 5 if number >= LONG else int(rng.choice([1, 3, 17, 40]))),
         "pcm_input_ids": ids_of(100 + number % 3, 1, int(rng.choice([2, 20]))),
         "preference": [{"base": 1, "one": 2}, {"two": 1}, {"base": 1, "one": 1, "two": 3}][number % 3],
         "merge": ["linear", "linear", "log_linear"][number // 3 % 3],
-        "max_new_tokens": int(rng.choice([4, 20, 30])),
+        "max_new_tokens": 45 if number >= LONG else int(rng.choice([4, 20, 30])),
         "temperature": 1.1,
         "top_p": [1.0, 0.9][number % 2],
         "seed": number,
@@ -138,7 +140,7 @@ def requests_of(number):
 )
 def test_an_engine_gives_the_tokens_of_solo_runs(learned, settings, seen):
     engine = learned.engine(**settings)
-    numbers = [*range(9), *range(4)]
+    numbers = [*range(9), *range(4), *range(LONG, LONG + 5)]
     ids = []
     for number in numbers:
         ids.append(engine.add_request(**requests_of(number)))
