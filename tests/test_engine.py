@@ -522,10 +522,10 @@ def test_a_step_inside_of_a_step_is_refused_and_a_generate_is_not(checkpoint, ex
 
 
 def test_generate_reuses_prompts_and_makes_its_cache_larger(learned, monkeypatch):
-    from pcm_fast.backends import native
+    from pcm_fast.backends import engine_decoder
 
-    monkeypatch.setattr(native, "USUAL_BYTES", 1 << 16)
-    monkeypatch.setattr(native, "MOST_BYTES", 1 << 17)
+    monkeypatch.setattr(engine_decoder, "USUAL_BYTES", 1 << 16)
+    monkeypatch.setattr(engine_decoder, "MOST_BYTES", 1 << 17)
     model = MixtureModel(learned.spec, backend="native")
     options = {"pcm_input_ids": ids_of(1, 40), "max_new_tokens": 4, "return_dict_in_generate": True}
     first = model.generate(ids_of(0, 40), **options)
