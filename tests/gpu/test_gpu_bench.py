@@ -25,7 +25,8 @@ def test_the_dry_run_reports_everything_and_says_that_it_is_dry(tmp_path):
     assert result["conditions"]["run"].startswith("DRY RUN")
     kernels, times, backend, tokens = (table["rows"] for table in result["tables"])
     assert all(table["name"].startswith("DRY RUN") for table in result["tables"])
-    assert all(row["well"] for row in (*kernels, *backend))
+    assert all(row["well"] for row in kernels)
+    assert [row["well"] for row in backend] == [True, None]  # so short a text says nothing of rounded weights
     assert {row["kernel"].partition(",")[0] for row in times} == {"mix_sample", "shrink and expand", "attention"}
     assert {row["weights"] for row in backend} == {"float32", "bfloat16"}
     decoders = " ".join(row["decoder"] for row in tokens)
