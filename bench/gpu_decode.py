@@ -65,7 +65,7 @@ class Decode:
             for graphs in (True, False):
                 decoder = MixtureDecoder(
                     self._spec, self._prompts, tokens, backend="torch", device=self._device, weights=weights,
-                    kv_dtype=weights,
+                    kv_dtype=weights, num_threads=1 if self._dry else None,
                 )  # fmt: skip
                 if not graphs:
                     without_graphs(decoder.model)
@@ -124,7 +124,10 @@ class Decode:
         ]
 
     def _model(self, weights: str) -> MixtureModel:
-        return MixtureModel(self._spec, backend="torch", device=self._device, weights=weights, kv_dtype=weights)
+        threads = 1 if self._dry else None  # two that wait for each other crawl where the cores are busy
+        return MixtureModel(
+            self._spec, backend="torch", device=self._device, weights=weights, kv_dtype=weights, num_threads=threads
+        )
 
 
 def _normalised(log_p: Any) -> Any:
