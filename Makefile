@@ -40,7 +40,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python bench/table.py
 	$(BIN)/python bench/decode_limits.py
 
-gpu-check: $(VENV)/.dev
+gpu-check: $(VENV)/.dev build/emulated/_cuda.so
 	$(BIN)/python bench/gpu_check.py
 
 CORE := $(filter-out %bindings.cpp,$(wildcard csrc/*.cpp)) $(wildcard csrc/cpu/*.cpp)

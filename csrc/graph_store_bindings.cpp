@@ -44,19 +44,24 @@ struct PythonGraphStore {
   }
 };
 
+// The collector may come while __init__ runs, or after it failed.
+bool is_constructed(PyObject* object) {
+  return reinterpret_cast<py::detail::instance*>(object)->get_value_and_holder().holder_constructed();
+}
+
 void collect_garbage(PyHeapTypeObject* heap_type) {
   PyTypeObject* type = &heap_type->ht_type;
   type->tp_flags |= Py_TPFLAGS_HAVE_GC;
   type->tp_traverse = [](PyObject* object, visitproc visit, void* arg) -> int {
     Py_VISIT(Py_TYPE(object));
-    if (!py::detail::is_holder_constructed(object)) return 0;
+    if (!is_constructed(object)) return 0;
     const auto& self = py::cast<const PythonGraphStore&>(py::handle(object));
     Py_VISIT(self.capture.ptr());
     Py_VISIT(self.launch.ptr());
     return 0;
   };
   type->tp_clear = [](PyObject* object) -> int {
-    if (!py::detail::is_holder_constructed(object)) return 0;
+    if (!is_constructed(object)) return 0;
     auto& self = py::cast<PythonGraphStore&>(py::handle(object));
     self.capture = self.launch = py::none();
     return 0;

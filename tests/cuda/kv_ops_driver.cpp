@@ -8,6 +8,7 @@
 
 #include "advance_cases.h"
 #include "cuda/kv_ops.cu"
+#include "decode_cases.h"
 #include "move_cases.h"
 #include "store_kv_cases.h"
 
@@ -26,7 +27,8 @@ int main(int argc, char** argv) {
   } tests[] = {{"store_kv", test_store_kv},
                {"copy_blocks", test_copy_blocks},
                {"gather_blocks", test_gather_blocks},
-               {"advance", test_advance}};
+               {"advance", test_advance},
+               {"decode", test_decode}};
   for (const auto& test : tests) {
     if (wanted != "all" && wanted != test.name) continue;
     ++done;

@@ -19,7 +19,7 @@ from cuda_mutations import MUTATIONS, Mutation
 ROOT = Path(__file__).parents[2]
 FLAGS = ["-std=c++20", "-O0", "-fno-sanitize-recover=all", "-pthread", "-Icsrc", "-Itests/cuda"]
 SANITIZERS = {"asan": "-fsanitize=address,undefined", "tsan": "-fsanitize=thread"}
-SOURCES = ["csrc/graph_store.cpp", "csrc/kv_moves.cpp"]
+SOURCES = [f"csrc/{noun}.cpp" for noun in ("graph_store", "kv_cache", "kv_moves", "prefix_index")]
 ROUNDS = "16"
 PATIENCE = 300  # seconds: threads that wait for each other forever have noticed too
 
