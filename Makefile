@@ -2,17 +2,18 @@
 # make test   the whole test suite
 # make lint   what the code must look like;  make format  makes it so, where a tool can
 # make bench  the benchmarks, and the README's tables from their results; compiles llama.cpp first, for a quarter of an hour
-# make gpu-check  the Triton kernels without a GPU: interpreted, compiled for four chips, mutated, counted
+# make gpu-check  the GPU path without a GPU: interpreted or emulated, compiled for four chips, mutated, counted; needs nvcc
+# make emulate   its part that runs csrc/cuda on the CPU under sanitizers
 # make sanitize  csrc under AddressSanitizer + UndefinedBehaviorSanitizer, then under ThreadSanitizer
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+NATIVE := $(shell find csrc tests/cpp tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 PYTHON_FILES := pcm_fast kernels tests bench docs setup.py
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint format bench gpu-check sanitize clean
+.PHONY: demo test lint format bench gpu-check emulate sanitize clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -39,7 +40,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python bench/table.py
 	$(BIN)/python bench/decode_limits.py
 
-gpu-check: $(VENV)/.dev
+gpu-check: $(VENV)/.dev build/emulated/_cuda.so
 	$(BIN)/python bench/gpu_check.py
 
 CORE := $(filter-out %bindings.cpp,$(wildcard csrc/*.cpp)) $(wildcard csrc/cpu/*.cpp)
@@ -73,6 +74,31 @@ build/$(1)/%_driver: build/$(1)/tests/cpp/%_driver.o $(CORE:%.cpp=build/$(1)/%.o
 endef
 $(foreach kind,asan tsan,$(eval $(call sanitized,$(kind))))
 .SECONDARY:
+
+# The kernels of csrc/cuda with tests/cuda/emulation.h in place of CUDA.
+EMULATED := csrc/graph_store.cpp csrc/kv_cache.cpp csrc/kv_moves.cpp csrc/prefix_index.cpp
+EMULATED_FROM := $(EMULATED) $(HEADERS) $(wildcard csrc/cuda/* tests/cuda/*.h tests/cpp/kv_cache_driver.cpp)
+
+emulate: $(foreach kind,asan tsan,$(foreach noun,kv_ops kv_cache stream_capture,build/$(kind)/cuda/$(noun)_driver))
+	build/asan/cuda/kv_ops_driver 24 1
+	build/tsan/cuda/kv_ops_driver 24 2
+	build/asan/cuda/kv_cache_driver 400 1 1
+	build/tsan/cuda/kv_cache_driver 400 2 1
+	build/asan/cuda/stream_capture_driver
+	build/tsan/cuda/stream_capture_driver
+
+define emulated
+build/$(1)/cuda/%_driver: tests/cuda/%_driver.cpp $(EMULATED_FROM)
+	mkdir -p $$(@D)
+	$(CXX) $(SANITIZE) -Wall -Wextra $(FLAGS_$(1)) -Itests/cuda -o $$@ $$< $(EMULATED)
+endef
+$(foreach kind,asan tsan,$(eval $(call emulated,$(kind))))
+
+# As a Python module, for tests of pcm_fast/backends/cuda_kv.py on the CPU.
+build/emulated/_cuda.so: csrc/cuda/cuda_bindings.cpp $(EMULATED_FROM)
+	mkdir -p $(@D)
+	$(CXX) -std=c++20 -O1 -shared -fPIC -fvisibility=hidden -pthread -Icsrc -Itests/cuda \
+	  $$($(BIN)/python -m pybind11 --includes) -o $@ $< -x c++ csrc/cuda/kv_ops.cu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info pcm_fast/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

@@ -8,7 +8,6 @@ import torch
 from pcm_fast.kernels.adapters import expand, shrink
 from pcm_fast.kernels.attention import attention
 from pcm_fast.kernels.mix_sample import Workspace, mix_sample
-from pcm_fast.kernels.store_kv import store_kv
 
 META = torch.device("meta")
 
@@ -63,15 +62,13 @@ def adapter_call(
 def attention_call(
     rows: int, heads: int, kv_heads: int, size: int, context: int, splits: int, dtype: torch.dtype = torch.bfloat16
 ) -> Callable[[], Any]:
-    """Calls of store_kv and attention, as for one layer, with keys that lie by slot."""
+    """A call of attention, as for one layer, with keys that lie by slot."""
     block_size = 16
     blocks = rows * -(-context // block_size)
 
     def call() -> None:
         keys = tensor(blocks, kv_heads, size, block_size, dtype=dtype).transpose(2, 3)
         values = tensor(blocks, kv_heads, block_size, size, dtype=dtype)
-        new = tensor(rows, kv_heads, size, dtype=dtype)
-        store_kv(new, new, tensor(rows, dtype=torch.int64), keys, values)
         tables, lengths = tensor(rows, context // block_size, dtype=torch.int32), tensor(rows, dtype=torch.int32)
         queries = tensor(rows, heads, size, dtype=dtype)
         attention(queries, keys, values, tables, lengths, scale=size**-0.5, splits=splits)

@@ -1,4 +1,4 @@
-"""Everything that can be said of the Triton kernels without a GPU; one table at the end, and 1 if anything is amiss.
+"""Everything that can be said of the GPU path without a GPU; one table at the end, and 1 if anything is amiss.
 
 python bench/gpu_check.py
 """
@@ -10,19 +10,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PYTEST = [
-    "-m",
-    "pytest",
-    "-q",
-    "-n",
-    "2",
-    *(f"tests/gpu/test_{name}.py" for name in ("mix_sample", "adapters", "attention")),
-]
 PARTS = {
-    "interpreted, against the oracle and torch": PYTEST,
-    "mistakes made on purpose": ["tests/gpu/mutate_kernels.py"],
-    "compiled for four chips": ["bench/gpu_resources.py"],
-    "bytes and launches counted": ["bench/gpu_count.py"],
+    "interpreted, against the oracle and torch": [sys.executable, "-m", "pytest", "-q", "-n", "2", "tests/gpu"],
+    "csrc/cuda on the CPU, under sanitizers": ["make", "--silent", "emulate"],
+    "mistakes made on purpose: Triton": [sys.executable, "tests/gpu/mutate_kernels.py"],
+    "mistakes made on purpose: CUDA": [sys.executable, "tests/cuda/mutate.py"],
+    "compiled for four chips": [sys.executable, "bench/gpu_resources.py"],
+    "bytes and launches counted": [sys.executable, "bench/gpu_count.py"],
 }
 
 
@@ -32,9 +26,7 @@ def main() -> int:
     rows = []
     for part, command in PARTS.items():
         started = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False
-        )
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
         print(done.stdout, flush=True)
         last = (done.stdout.strip().splitlines() or ["nothing printed"])[-1]
         verdict = "well" if done.returncode == 0 else "BREACH"

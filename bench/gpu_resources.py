@@ -1,11 +1,11 @@
-"""Compiles every Triton kernel for four generations of GPUs and compares what it takes with gpu_resources.json.
+"""Compiles every kernel for four generations of GPUs and compares what it takes with gpu_resources.json.
 
     python bench/gpu_resources.py             fails if a kernel spills, uses local memory, fuses where it must not,
                                               takes more than recorded, or has lost a barrier
     python bench/gpu_resources.py --update    records anew
 
-No GPU is needed: triton brings its compiler and ptxas. Numbers depend on triton's version, which is recorded with them;
-with another version only the rules that need no record are held.
+No GPU is needed: triton brings its compiler and ptxas; for csrc/cuda nvcc has to be on the path. Numbers depend on the
+compiler's version, which is recorded with them; with another version only the rules that need no record are held.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import cuda_resources
 import triton
 from gpu_cases import CASES
 from gpu_launches import Launch, launches_of
@@ -77,9 +78,22 @@ def resources(launch: Launch, chip: Chip) -> dict[str, float]:
     }
 
 
-def measure() -> dict[str, dict[str, dict[str, float]]]:
+Table = dict[str, dict]
+
+
+def measure_cuda() -> Table:
+    """For every kernel of csrc/cuda, for every chip, what it takes."""
+    table: Table = {}
+    for name, chip in CHIPS.items():
+        for kernel, used in cuda_resources.measure(chip.capability).items():
+            share = occupancy(chip, used["registers"], used["shared"], used["warps"])
+            table.setdefault(kernel, {"exact": False})[name] = {**used, "occupancy": share}
+    return table
+
+
+def measure_triton() -> Table:
     """For every case and kernel, for every chip, what it takes."""
-    table: dict[str, dict[str, dict[str, float]]] = {}
+    table: Table = {}
     for case, call in CASES.items():
         for launch in launches_of(call):
             name = f"{launch.kernel.__name__} ({case})"
@@ -93,7 +107,7 @@ def measure() -> dict[str, dict[str, dict[str, float]]]:
     return table
 
 
-def breaches(table: dict, recorded: dict | None) -> list[str]:
+def breaches(table: Table, recorded: Table | None) -> list[str]:
     """Everything that must not be."""
     found = []
     for name, chips in table.items():
@@ -117,24 +131,31 @@ def breaches(table: dict, recorded: dict | None) -> list[str]:
 
 def main() -> int:
     """Measure, compare, print; 1 if there is a breach."""
-    parser = argparse.ArgumentParser(description="Registers, shared memory and spills of every Triton kernel.")
+    parser = argparse.ArgumentParser(description="Registers, shared memory and spills of every kernel.")
     parser.add_argument("--update", action="store_true", help="record what is measured")
     update = parser.parse_args().update
-    table = measure()
-    record = json.loads(RECORD.read_text()) if RECORD.exists() and not update else None
-    same = record is not None and record["triton"] == triton.__version__
-    found = breaches(table, record["kernels"] if same else None)
+    record = json.loads(RECORD.read_text()) if RECORD.exists() and not update else {}
+    measured = {
+        "triton": {"version": triton.__version__, "kernels": measure_triton()},
+        "nvcc": {"version": cuda_resources.version(), "kernels": measure_cuda()},
+    }
+    found = []
     print(f"{'registers (occupancy), shared bytes':100}" + "".join(f"{chip:>14}" for chip in CHIPS))
-    for name, chips in table.items():
-        row = "".join(f"{chips[chip]['registers']:>7} ({chips[chip]['occupancy']:.2f})" for chip in CHIPS)
-        print(f"{name[:90]:92}{max(chips[chip]['shared'] for chip in CHIPS):>8}{row}")
+    for compiler, now in measured.items():
+        before = record.get(compiler, {"version": None})
+        same = before["version"] == now["version"]
+        found += breaches(now["kernels"], before["kernels"] if same else None)
+        for name, chips in now["kernels"].items():
+            row = "".join(f"{chips[chip]['registers']:>7} ({chips[chip]['occupancy']:.2f})" for chip in CHIPS)
+            print(f"{name[:90]:92}{max(chips[chip]['shared'] for chip in CHIPS):>8}{row}")
+        if not same and not update:
+            print(f"not compared: no record by {compiler} {now['version']}")
     if update and not found:
-        RECORD.write_text(json.dumps({"triton": triton.__version__, "kernels": table}, indent=1) + "\n")
-    elif not same:
-        print(f"not compared: no record by triton {triton.__version__}")
+        RECORD.write_text(json.dumps(measured, indent=1) + "\n")
     for breach in found:
         print("BREACH", breach)
-    print(f"gpu_resources: {len(table)} kernels for {len(CHIPS)} chips, {len(found)} breaches")
+    kernels = sum(len(now["kernels"]) for now in measured.values())
+    print(f"gpu_resources: {kernels} kernels for {len(CHIPS)} chips, {len(found)} breaches")
     return int(bool(found))
 
 

@@ -169,6 +169,33 @@ void KvCacheManager::free(RowId id) {
   dead_rows_.push_back(id);
 }
 
+std::vector<KvBlockCopy> KvCacheManager::defragment() {
+  const auto is_free = [this](int32_t block) { return blocks_[block].refcount == 0 && !prefixes_.contains(block); };
+  const int32_t kept = config_.num_blocks - num_blocks_free_;
+  std::vector<KvBlockCopy> moves;
+  std::vector<int32_t> moved_to(config_.num_blocks, kNoBlock);
+  int32_t hole = 0;
+  for (int32_t block = kept; block < config_.num_blocks; ++block) {
+    if (is_free(block)) continue;
+    while (!is_free(hole)) ++hole;
+    moves.push_back({block, hole});
+    moved_to[block] = hole;
+    move_block(block, hole);
+  }
+  for (size_t id = 0; id < rows_.size(); ++id) {
+    Row& row = rows_[id];
+    for (int32_t i = 0; i < row.num_blocks; ++i) {
+      int32_t& block = table(id)[i];
+      if (moved_to[block] != kNoBlock) block = moved_to[block];
+    }
+    if (row.tip != kNoBlock && moved_to[row.tip] != kNoBlock) row.tip = moved_to[row.tip];
+  }
+  first_free_ = kNoBlock;
+  num_blocks_free_ = 0;
+  for (int32_t block = config_.num_blocks - 1; block >= kept; --block) push_free(block);
+  return moves;
+}
+
 // --- Questions
 
 int32_t KvCacheManager::blocks_needed(RowId id, int32_t count) const {
@@ -261,6 +288,18 @@ void KvCacheManager::make_tail_writable(size_t id) {
   } else if (prefixes_.contains(tail)) {
     unregister(tail);  // full once and cut short by truncate
   }
+}
+
+// A block that is free becomes what another was, save for those who name it.
+void KvCacheManager::move_block(int32_t from, int32_t to) {
+  const bool cached = blocks_[from].refcount == 0;
+  prefixes_.move(from, to);
+  blocks_[to] = blocks_[from];
+  blocks_[from] = Block{};
+  if (!cached) return;
+  const Block& block = blocks_[to];
+  (block.prev == kNoBlock ? oldest_cached_ : blocks_[block.prev].next) = to;
+  (block.next == kNoBlock ? newest_cached_ : blocks_[block.next].prev) = to;
 }
 
 // --- Prefixes

@@ -26,7 +26,8 @@
 // row wastes half a block on average, and there are K + 1 rows a sequence; 16 float32 scores fill one AVX-512 register,
 // and 16 keys of 64 floats one 4 KiB page. Reading in blocks of 32 instead was about 5 % faster, shuffled or not.
 //
-// Not thread-safe: one thread (the engine's) owns a manager. Nothing is allocated after construction.
+// Not thread-safe: one thread (the engine's) owns a manager. Nothing is allocated after construction, save by
+// defragment.
 #pragma once
 
 #include <cstdint>
@@ -106,6 +107,11 @@ class KvCacheManager {
 
   void free(RowId row);
 
+  // Brings the content of all blocks that are not free into the blocks [0, used + cached), with as few moves as there
+  // are, and rewrites the block tables. Gives the moves: before anything else is written, copy each src to its dst, in
+  // any order (no dst is a src). The only call that allocates.
+  [[nodiscard]] std::vector<KvBlockCopy> defragment();
+
   // --- Questions.
 
   // Blocks that append_slots(row, count) would take from num_free(), a copy of a shared block included. Rows that share
@@ -163,6 +169,7 @@ class KvCacheManager {
   void release(int32_t block);
   void release_from(size_t row, int32_t first_block);
   void make_tail_writable(size_t row);
+  void move_block(int32_t from, int32_t to);
 
   void register_full_blocks(size_t row);
   void unregister(int32_t block);

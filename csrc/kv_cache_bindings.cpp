@@ -13,6 +13,7 @@
 
 #include "bindings.h"
 #include "kv_cache.h"
+#include "kv_moves.h"
 #include "kv_storage.h"
 
 namespace py = pybind11;
@@ -66,15 +67,19 @@ RowId row_or_throw(const KvCacheManager& manager, std::optional<RowId> row) {
   throw OutOfRows("all " + std::to_string(manager.config().max_rows) + " rows are in use");
 }
 
+std::vector<std::pair<int32_t, int32_t>> pairs(const std::vector<KvBlockCopy>& copies) {
+  std::vector<std::pair<int32_t, int32_t>> list;
+  for (const KvBlockCopy& copy : copies) list.emplace_back(copy.src, copy.dst);
+  return list;
+}
+
 std::vector<std::pair<int32_t, int32_t>> append_slots(KvCacheManager& manager, const RowId* rows, const int32_t* counts,
                                                       int32_t num_rows) {
   if (!manager.append_slots(rows, counts, num_rows)) {
     throw OutOfBlocks("the slots asked for need more than the " + std::to_string(manager.num_free()) +
                       " blocks not in use (of " + std::to_string(manager.config().num_blocks) + ")");
   }
-  std::vector<std::pair<int32_t, int32_t>> copies;
-  for (const KvBlockCopy& copy : manager.copies()) copies.emplace_back(copy.src, copy.dst);
-  return copies;
+  return pairs(manager.copies());
 }
 
 // A read-only array over the manager's own memory, which it keeps alive.
@@ -182,6 +187,9 @@ void bind_manager(py::module_& m) {
           py::arg("row"), py::arg("tokens"), "The next reserved slots now hold the keys and values of these tokens.")
       .def("truncate", &KvCacheManager::truncate, py::arg("row"), py::arg("length"))
       .def("free", &KvCacheManager::free, py::arg("row"))
+      .def(
+          "defragment", [](KvCacheManager& self) { return pairs(self.defragment()); },
+          "Content into the blocks at the front -> [(src, dst)], the blocks to copy before anything is written.")
       .def("blocks_needed", &KvCacheManager::blocks_needed, py::arg("row"), py::arg("count"))
       .def("num_free", &KvCacheManager::num_free, "Blocks that no row holds, cached ones included.")
       .def("length", &KvCacheManager::length, py::arg("row"))
@@ -290,6 +298,17 @@ void bind_kv_cache(py::module_& m) {
       "max_rows rows are in use; nothing was changed.";
   bind_manager(m);
   bind_storage(m);
+  m.def(
+      "ordered_moves",
+      [](const std::vector<std::pair<int32_t, int32_t>>& moves, int32_t spare) {
+        std::vector<KvBlockCopy> given;
+        for (const auto& [src, dst] : moves) given.push_back({src, dst});
+        return pairs(ordered_moves(given, spare));
+      },
+      py::arg("moves"), py::arg("spare") = kNoBlock,
+      "Moves of blocks (src, dst), meant as if all at the same time -> the same as moves that can be made one after "
+      "the "
+      "other, by way of the block `spare` where blocks change places in a circle.");
 }
 
 }  // namespace pcm

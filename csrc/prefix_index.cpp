@@ -62,11 +62,32 @@ int32_t PrefixIndex::find_or_add(uint64_t namespace_id, int32_t parent, int32_t 
   return block;
 }
 
+int32_t& PrefixIndex::link_to(int32_t block) {
+  int32_t* link = &buckets_[bucket(nodes_[block].hash)];
+  while (*link != block) link = &nodes_[*link].next_in_bucket;
+  return *link;
+}
+
+void PrefixIndex::move(int32_t from, int32_t to) {
+  std::copy_n(tokens(from), block_size_, tokens(to));
+  if (!contains(from)) return;
+  link_to(from) = to;
+  const Node& node = nodes_[to] = nodes_[from];
+  nodes_[from] = Node{};
+  if (node.prev_sibling != kNoBlock) {
+    nodes_[node.prev_sibling].next_sibling = to;
+  } else if (node.parent != kNoBlock) {
+    nodes_[node.parent].first_child = to;
+  }
+  if (node.next_sibling != kNoBlock) nodes_[node.next_sibling].prev_sibling = to;
+  for (int32_t child = node.first_child; child != kNoBlock; child = nodes_[child].next_sibling) {
+    nodes_[child].parent = to;
+  }
+}
+
 void PrefixIndex::remove_leaf(int32_t block) {
   Node& node = nodes_[block];
-  int32_t* link = &buckets_[bucket(node.hash)];
-  while (*link != block) link = &nodes_[*link].next_in_bucket;
-  *link = node.next_in_bucket;
+  link_to(block) = node.next_in_bucket;
   if (node.prev_sibling != kNoBlock) {
     nodes_[node.prev_sibling].next_sibling = node.next_sibling;
   } else if (node.parent != kNoBlock) {

@@ -38,6 +38,9 @@ class PrefixIndex {
   // The registered block with the tokens of `block` after `parent`; if there is none, `block` becomes it.
   int32_t find_or_add(uint64_t namespace_id, int32_t parent, int32_t block);
 
+  // Block `to`, which is not registered, becomes what `from` was: its tokens and, if it had one, its registration.
+  void move(int32_t from, int32_t to);
+
   // Takes out a registered block and all blocks under it, leaves first, and calls removed(block) for each.
   template <typename Removed>
   void remove_subtree(int32_t root, Removed removed) {
@@ -68,6 +71,7 @@ class PrefixIndex {
 
   uint64_t hash_after(uint64_t namespace_id, int32_t parent, const int32_t* block_tokens) const;
   int32_t find(uint64_t namespace_id, int32_t parent, const int32_t* block_tokens, uint64_t hash) const;
+  int32_t& link_to(int32_t block);  // what names a registered block in its bucket
   void remove_leaf(int32_t block);
   size_t bucket(uint64_t hash) const { return hash & (buckets_.size() - 1); }
 

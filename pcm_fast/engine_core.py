@@ -74,7 +74,9 @@ class EngineCore:
                     sequence.weights = sequence.weights.copy()
             try:
                 if submission.draws_in_python:
-                    drawn = python_draw.draw(sequence, results.logits[s], self._runner.num_threads)
+                    logits = results.logits[s]
+                    assert logits is not None
+                    drawn = python_draw.draw(sequence, logits, self._runner.num_threads)
                     token, logprob, expert_logprobs, stopped = drawn
                 elif statuses[s]:
                     place = f"row {sequence.index}, token {len(sequence.tokens)}"

@@ -3,11 +3,26 @@
 The two classes are native; csrc/kv_cache.h and csrc/kv_storage.h say what they promise.
 """
 
+from __future__ import annotations
+
 import hashlib
+import os
+from collections.abc import Iterable
 
 from pcm_fast._native import KvCacheManager, KvStorage, OutOfBlocks, OutOfRows
 
-__all__ = ["KvCacheManager", "KvStorage", "OutOfBlocks", "OutOfRows", "namespace_id"]
+__all__ = [
+    "BLOCK_SIZE",
+    "KvCacheManager",
+    "KvStorage",
+    "OutOfBlocks",
+    "OutOfRows",
+    "host_memory",
+    "managers",
+    "namespace_id",
+]
+
+BLOCK_SIZE = 16  # tokens of a block
 
 
 def namespace_id(*identities: str) -> int:
@@ -21,3 +36,21 @@ def namespace_id(*identities: str) -> int:
         data = identity.encode()
         digest.update(len(data).to_bytes(8, "little") + data)
     return int.from_bytes(digest.digest(), "little")
+
+
+def managers(shapes: Iterable[tuple[int, int, int]]) -> list[KvCacheManager]:
+    """A manager for each model, from (blocks, rows at once, positions that the model was made for)."""
+    return [
+        KvCacheManager(
+            num_blocks=blocks,
+            block_size=BLOCK_SIZE,
+            max_rows=max(1, rows),
+            max_blocks_per_row=min(blocks, -(-positions // BLOCK_SIZE)),
+        )
+        for blocks, rows, positions in shapes
+    ]
+
+
+def host_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

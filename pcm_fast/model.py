@@ -23,7 +23,7 @@ from pcm_fast.streaming import TextStreamer, iterate
 from pcm_fast.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from pcm_fast.backends.native import NativeDecoder
+    from pcm_fast.backends.engine_decoder import EngineDecoder
     from pcm_fast.engine import Engine
     from pcm_fast.reference import Decoder
 
@@ -52,6 +52,7 @@ class MixtureModel:
     Attributes:
         spec: what it is made of.
         backend: name of the backend that runs it: "reference", "native" or "torch".
+        device: where the torch backend runs it, such as "cuda:0" or "cpu"; None for another backend.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class MixtureModel:
         num_threads: int | None = None,
         kv_dtype: str = "float32",
         activations: str = "float32",
+        device: str | None = None,
     ) -> None:
         if not isinstance(spec, ModelSpec):
             raise TypeError(f"spec: expected a ModelSpec, got {spec!r}")
@@ -83,6 +85,7 @@ class MixtureModel:
         self.backend = _choose_backend(spec, backend, weights, kv_dtype, activations)
         self._weights, self._kv_dtype, self._activations = weights, kv_dtype, activations
         self._num_threads = num_threads
+        self.device = _choose_device(self.backend, device)
 
     @classmethod
     def from_pretrained(
@@ -95,6 +98,7 @@ class MixtureModel:
         num_threads: int | None = None,
         kv_dtype: str = "float32",
         activations: str = "float32",
+        device: str | None = None,
     ) -> MixtureModel:
         """Load a base, experts and a PCM.
 
@@ -112,6 +116,7 @@ class MixtureModel:
             kv_dtype: what keys and values are kept in: "float32", or "bfloat16" in half the memory.
             activations: what meets weights in 8- and 4-bit blocks: "float32", or "int8" (by groups of 32), which is
                 faster where many rows are read at once, and less exact.
+            device: of the torch backend alone: "cuda", "cuda:1" and so on, or "cpu"; None: a GPU if there is one.
 
         Raises:
             LoadError: a file is missing, malformed, or does not fit; names file and tensor.
@@ -123,7 +128,7 @@ class MixtureModel:
         loaded = load_experts(experts, checkpoint)
         names = [expert.name for expert in loaded]
         spec = ModelSpec(checkpoint, loaded, load_pcm(pcm, names, checkpoint))
-        return cls(spec, backend, weights, num_threads, kv_dtype, activations)
+        return cls(spec, backend, weights, num_threads, kv_dtype, activations, device)
 
     @property
     def expert_names(self) -> tuple[str, ...]:
@@ -144,17 +149,21 @@ class MixtureModel:
 
         return Decoder(self.spec, self._num_threads)
 
-    @functools.cached_property
+    @property
     def _backend(self) -> Backend:
-        if self.backend == "reference":
-            return self.reference
-        return self._native
+        return self.reference if self.backend == "reference" else self._decoder
 
     @functools.cached_property
-    def _native(self) -> NativeDecoder:
-        from pcm_fast.backends.native import NativeDecoder
+    def _decoder(self) -> EngineDecoder:
+        """What runs the mixture on the native or the torch backend."""
+        if self.backend == "torch":
+            from pcm_fast.backends.torch import torch_decoder
 
-        return NativeDecoder(self.spec, self._weights, self._num_threads, self._kv_dtype, self._activations)
+            assert self.device is not None
+            return torch_decoder(self.spec, self._weights, self._num_threads, self._kv_dtype, self.device)
+        from pcm_fast.backends.native import native_decoder
+
+        return native_decoder(self.spec, self._weights, self._num_threads, self._kv_dtype, self._activations)
 
     def engine(self, max_batch: int = 32, kv_blocks: int | None = None, prefill_chunk: int = 256) -> Engine:
         """An engine for requests that come in at any time. It shares this model's weights, and has its own KV cache.
@@ -163,13 +172,13 @@ class MixtureModel:
             max_batch: sequences that run at once; the others wait.
             kv_blocks: size of the KV cache of each model that runs (most mixtures have one), in blocks of 16 tokens of
                 one row; a sequence has a row for each of its experts, and one for a learned PCM. None: room for
-                max_batch sequences of 1024 tokens, or a quarter of the machine's memory if that is less. Memory is
-                taken as blocks are first used.
+                max_batch sequences of 1024 tokens, or a quarter of the machine's memory (half of what is free on a
+                GPU) if that is less. On a CPU memory is taken as blocks are first used, on a GPU at once.
             prefill_chunk: row-tokens that a step reads at most while prompts are being read, those of the sequences
                 that already answer aside: fewer make answers come more evenly, more read prompts faster.
 
         Raises:
-            TypeError, ValueError: a bad argument; or the model runs on another backend than "native".
+            TypeError, ValueError: a bad argument; or the model runs on the backend "reference".
         """
         for name, value in (("max_batch", max_batch), ("kv_blocks", kv_blocks), ("prefill_chunk", prefill_chunk)):
             if value is None and name == "kv_blocks":
@@ -177,9 +186,9 @@ class MixtureModel:
             check_count(name, value)  # type: ignore[arg-type]
             if value < 1:  # type: ignore[operator]
                 raise ValueError(f"{name}: expected an integer >= 1, got {value}")
-        if self.backend != "native":
-            raise ValueError(f"backend: an engine needs the 'native' backend, and this model runs on {self.backend!r}")
-        return self._native.engine(max_batch, kv_blocks, prefill_chunk)
+        if self.backend == "reference":
+            raise ValueError("backend: an engine needs the 'native' or the 'torch' backend, got 'reference'")
+        return self._decoder.engine(max_batch, kv_blocks, prefill_chunk)
 
     def generate(
         self,
@@ -415,7 +424,18 @@ class MixtureModel:
 def _choose_backend(spec: ModelSpec, backend: str, weights: str, kv_dtype: str, activations: str) -> str:
     """The backend that runs, for what was asked for."""
     if backend == "torch":
-        raise ValueError("backend: this build of pcm-fast has no 'torch' backend; expected 'native' or 'reference'")
+        from pcm_fast.backends.torch_models import WEIGHTS as TORCH_WEIGHTS
+        from pcm_fast.backends.torch_models import reason_against as torch_reason
+
+        reason = torch_reason(spec)
+        if reason is not None:
+            raise ValueError(f"backend: the torch backend does not run {reason}; use backend='reference'")
+        if weights not in TORCH_WEIGHTS:
+            wanted = ", ".join(map(repr, TORCH_WEIGHTS))
+            raise ValueError(f"weights: expected one of {wanted} with backend='torch', got {weights!r}")
+        if activations != "float32":
+            raise ValueError(f"activations: expected 'float32' with backend='torch', got {activations!r}")
+        return backend
     if backend != "reference":
         from pcm_fast.backends.native_models import reason_against
 
@@ -438,3 +458,16 @@ def _choose_backend(spec: ModelSpec, backend: str, weights: str, kv_dtype: str, 
             f"activations: the reference backend computes in float32; expected 'float32', got {activations!r}"
         )
     return "reference"
+
+
+def _choose_device(backend: str, device: str | None) -> str | None:
+    """The device that the torch backend runs on; None for another backend."""
+    if device is not None and not isinstance(device, str):
+        raise TypeError(f"device: expected a name such as 'cuda' or 'cpu', or None, got {device!r}")
+    if backend != "torch":
+        if device is not None:
+            raise ValueError(f"device: only backend='torch' runs on a device of choice; this one is {backend!r}")
+        return None
+    from pcm_fast.backends.torch_models import resolve_device
+
+    return resolve_device(device)

@@ -1,25 +1,27 @@
 """The kernels, behind checked arguments: NumPy arrays or torch tensors in, the same kind out.
 
 Which implementation runs is visible (`backends`) and can be forced with the environment variable ``PCM_FAST_FORCE``:
-``reference`` is pcm_fast/sampling.py, ``cpu`` the C++ kernels.
+``reference`` is pcm_fast/sampling.py, ``cpu`` the C++ kernels, ``triton`` the Triton kernels (for tensors on a GPU, or
+any under ``TRITON_INTERPRET=1``), ``cuda`` the same, with the torch backend's KV cache served by the CUDA extension.
+Unforced it is ``cpu``, and ``triton`` for tensors on a GPU.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+import importlib.util
 import os
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pcm_fast import _native, sampling
-from pcm_fast.sampling import MergeRule, SamplingParams
+from pcm_fast.ops_arguments import Array, Draws, checked_weights
+from pcm_fast.sampling import MergeRule
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
-_NUMPY_NAMES = {np.dtype(np.float32): "float32", np.dtype(np.float16): "float16"}  # quicker than asking for the name
 _ISAS = tuple(_native.isas())
 MERGES = {"linear": 0, "log_linear": 1, "power": 2}
 _STATUS = {1: "NaN or +inf", 2: "no token left: all -inf, or excluded under these weights"}
@@ -27,23 +29,60 @@ _STATUS = {1: "NaN or +inf", 2: "no token left: all -inf, or excluded under thes
 
 def backends() -> dict[str, str]:
     """Every backend with what it is here: ``"available (...)"``, or why it is not."""
-    absent = "not available: this build has no GPU kernels"
     return {
         "reference": "available (NumPy)",
         "cpu": f"available (C++, {isa()}; this machine can run {', '.join(_ISAS)})",
-        "triton": absent,
-        "cuda": absent,
+        "triton": _triton(),
+        "cuda": _cuda(),
     }
 
 
 def backend() -> str:
-    """The backend the next call uses: ``PCM_FAST_FORCE`` if set, otherwise ``cpu``."""
+    """The backend that arrays and tensors on the CPU use next: ``PCM_FAST_FORCE`` if set, otherwise ``cpu``."""
     forced = os.environ.get("PCM_FAST_FORCE") or "cpu"
     if forced not in BACKENDS:
         raise ValueError(f"PCM_FAST_FORCE: expected one of {', '.join(BACKENDS)}, got {forced!r}")
     if forced in ("triton", "cuda"):
-        raise RuntimeError(f"PCM_FAST_FORCE={forced}: {backends()[forced]}")
+        state = _triton() if forced == "triton" else _cuda()
+        if not state.startswith("available"):
+            raise RuntimeError(f"PCM_FAST_FORCE={forced}: {state}")
     return forced
+
+
+def _triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "not available: triton is not installed"
+    where = "interpreted on the CPU" if _interpreted() else "for tensors on a GPU"
+    return f"available (Triton {importlib.metadata.version('triton')}, {where})"
+
+
+def _cuda() -> str:
+    if importlib.util.find_spec("pcm_fast._cuda") is None:
+        return "not available: this build has no CUDA extension"
+    return "available (the KV cache's operations; the rest is triton's)"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _backend_of(name: str, source: Any) -> str:
+    """The backend that an argument is served by: "reference", "cpu" or "triton"."""
+    chosen = backend()
+    torch = sys.modules.get("torch")
+    device = source.device if torch is not None and isinstance(source, torch.Tensor) else None
+    if device is not None and device.type == "cuda":
+        if os.environ.get("PCM_FAST_FORCE") in ("reference", "cpu"):
+            raise ValueError(f"{name}: expected a tensor on the CPU (PCM_FAST_FORCE={chosen}), got {device}")
+        return "triton"
+    if chosen in ("triton", "cuda"):
+        if not _interpreted():
+            raise ValueError(
+                f"{name}: expected a tensor on a GPU (PCM_FAST_FORCE={chosen}), got {device or type(source).__name__}; "
+                "TRITON_INTERPRET=1 runs the kernels without one"
+            )
+        return "triton"
+    return chosen
 
 
 def isa() -> str:
@@ -95,12 +134,19 @@ def mix_sample(
         TypeError, ValueError: a bad argument, or a NaN, +inf or nothing but -inf in a row (which is named).
     """
     rule = MergeRule.parse(merge)
-    logits = _Array.of("expert_logits", expert_logits, 3)
+    chosen = _backend_of("expert_logits", expert_logits)
+    logits = Array.of("expert_logits", expert_logits, 3)
     batch, experts, _ = logits.shape
-    weights = _weights(mixture_weights, (batch, experts), rule)
-    draws = _Draws.of(batch, do_sample, temperature, top_k, top_p, min_p, seed, sequence, position)
+    weights = checked_weights(mixture_weights, (batch, experts), rule)
+    draws = Draws.of(batch, do_sample, temperature, top_k, top_p, min_p, seed, sequence, position)
+    if chosen == "triton" and batch:
+        from pcm_fast import triton_ops
+
+        drawn = triton_ops.mix_sample(expert_logits, weights, rule.kind, rule.exponent, draws, return_expert_logprobs)
+        _raise_for("expert_logits", drawn.statuses)
+        return tuple(logits.as_given(x) for x in drawn[: 3 if return_expert_logprobs else 2])
     expert_logprobs = np.full((batch, experts), np.nan, np.float32) if return_expert_logprobs else None
-    if backend() == "reference":
+    if chosen == "reference":
         rows = zip(logits.to_numpy(), draws.reference(), strict=True)
         for b, (row, (params, where, place)) in enumerate(rows):
             log_p = _named(b, lambda row=row, b=b: sampling.merge_log_probs(row, weights[b], rule))
@@ -110,7 +156,7 @@ def mix_sample(
                 for i in np.flatnonzero(weights[b]):
                     expert_logprobs[b, i] = sampling.merge_log_probs(row[i : i + 1], [1.0])[draws.tokens[b]]
     elif batch:
-        statuses = _sampler(num_threads).mix_sample(
+        statuses = sampler(num_threads).mix_sample(
             logits.view(), weights, MERGES[rule.kind], rule.exponent, draws.native(), None, expert_logprobs
         )
         _raise_for("expert_logits", statuses)
@@ -123,18 +169,21 @@ def merge_log_probs(
 ) -> Any:
     """Log-probabilities [B, V] float32 of the mixture: `mix_sample` without the draw, for processors to act on.
 
-    Args and errors as in `mix_sample`.
+    Args and errors as in `mix_sample`; there is no kernel of it for a GPU.
     """
     rule = MergeRule.parse(merge)
-    logits = _Array.of("expert_logits", expert_logits, 3)
+    chosen = _backend_of("expert_logits", expert_logits)
+    if chosen == "triton":
+        raise ValueError("expert_logits: there is no Triton kernel of merge_log_probs; expected an array on the CPU")
+    logits = Array.of("expert_logits", expert_logits, 3)
     batch, experts, vocabulary = logits.shape
-    weights = _weights(mixture_weights, (batch, experts), rule)
+    weights = checked_weights(mixture_weights, (batch, experts), rule)
     log_probs = np.empty((batch, vocabulary), np.float32)
-    if backend() == "reference":
+    if chosen == "reference":
         for b, row in enumerate(logits.to_numpy()):
             log_probs[b] = _named(b, lambda row=row, b=b: sampling.merge_log_probs(row, weights[b], rule))
     elif batch:
-        statuses = _sampler(num_threads).mix_sample(
+        statuses = sampler(num_threads).mix_sample(
             logits.view(), weights, MERGES[rule.kind], rule.exponent, None, log_probs, None
         )
         _raise_for("expert_logits", statuses)
@@ -157,148 +206,32 @@ def sample(
     """Draw one token per row of log_probs [B, V], which need not be normalised: `mix_sample` after the merge.
 
     Returns:
-        tokens [B] int64 and log_probs[b, tokens[b]] [B] float32. Other arguments and errors as in `mix_sample`.
+        tokens [B] int64 and log_probs[b, tokens[b]] [B] float32. Other arguments and errors as in `mix_sample`. The
+        Triton kernels normalise the rows first, and may round a mass differently for that.
     """
-    rows = _Array.of("log_probs", log_probs, 2)
-    draws = _Draws.of(rows.shape[0], do_sample, temperature, top_k, top_p, min_p, seed, sequence, position)
-    if backend() == "reference":
+    chosen = _backend_of("log_probs", log_probs)
+    rows = Array.of("log_probs", log_probs, 2)
+    draws = Draws.of(rows.shape[0], do_sample, temperature, top_k, top_p, min_p, seed, sequence, position)
+    if chosen == "triton" and rows.shape[0]:
+        from pcm_fast import triton_ops
+
+        drawn = triton_ops.sample(log_probs, draws)
+        _raise_for("log_probs", drawn.statuses)
+        return rows.as_given(drawn.tokens), rows.as_given(drawn.logprobs)
+    if chosen == "reference":
         for b, (row, draw) in enumerate(zip(rows.to_numpy(), draws.reference(), strict=True)):
             draws.tokens[b] = _named(
                 b, lambda row=row, draw=draw: sampling.sample(row, draw[0], sequence=draw[1], position=draw[2])
             )
             draws.logprobs[b] = row[draws.tokens[b]]
     elif rows.shape[0]:
-        _raise_for("log_probs", _sampler(num_threads).sample(rows.view(), draws.native()))
+        _raise_for("log_probs", sampler(num_threads).sample(rows.view(), draws.native()))
     return rows.like(draws.tokens), rows.like(draws.logprobs)
 
 
-class _Array(NamedTuple):
-    """A strided array somewhere in memory: a NumPy array, or a torch tensor on the CPU."""
-
-    source: Any
-    address: int
-    dtype: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]  # in elements
-
-    @staticmethod
-    def of(name: str, source: Any, dimensions: int) -> _Array:
-        torch = sys.modules.get("torch")
-        if torch is not None and isinstance(source, torch.Tensor):
-            if source.device.type != "cpu":
-                raise ValueError(
-                    f"{name}: expected a tensor on the CPU (this build has no GPU kernels), got {source.device}"
-                )
-            dtype = str(source.dtype).removeprefix("torch.")
-            array = _Array(source, source.data_ptr(), dtype, tuple(source.shape), tuple(source.stride()))
-        elif isinstance(source, np.ndarray):
-            size = source.itemsize
-            if any(stride % size for stride in source.strides):
-                source = np.ascontiguousarray(source)
-            strides = tuple([stride // size for stride in source.strides])
-            address = source.__array_interface__["data"][0]
-            dtype = _NUMPY_NAMES.get(source.dtype) or source.dtype.name
-            array = _Array(source, address, dtype, source.shape, strides)
-        else:
-            raise TypeError(f"{name}: expected a NumPy array or a torch tensor, got {type(source).__name__}")
-        if len(array.shape) != dimensions:
-            letters = "[B, K, V]" if dimensions == 3 else "[B, V]"
-            raise ValueError(f"{name}: expected shape {letters}, got {list(array.shape)}")
-        if array.dtype not in _DTYPES:
-            raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {array.dtype}")
-        if not 1 <= array.shape[-1] <= _native.MAX_VOCABULARY:
-            raise ValueError(f"{name}: expected a vocabulary of 1 to {_native.MAX_VOCABULARY}, got {array.shape[-1]}")
-        if dimensions == 3 and not 1 <= array.shape[1] <= _native.MAX_EXPERTS:
-            raise ValueError(f"{name}: expected 1 to {_native.MAX_EXPERTS} experts, got {array.shape[1]}")
-        return array
-
-    def view(self) -> _native.View:
-        return _native.View(self.address, _DTYPES[self.dtype], self.shape, self.strides)
-
-    def to_numpy(self) -> npt.NDArray[np.float32]:
-        if isinstance(self.source, np.ndarray):
-            return self.source.astype(np.float32)
-        result: npt.NDArray[np.float32] = self.source.detach().float().numpy()
-        return result
-
-    def like(self, result: npt.NDArray[Any]) -> Any:
-        """The result as the kind of array the caller passed."""
-        return result if isinstance(self.source, np.ndarray) else sys.modules["torch"].from_numpy(result)
-
-
-class _Draws(NamedTuple):
-    """The checked sampling parameters, each one value or [B], and room for the results."""
-
-    greedy: Any
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    min_p: Any
-    seed: Any
-    sequence: Any
-    position: Any
-    tokens: npt.NDArray[np.int64]
-    logprobs: npt.NDArray[np.float32]
-
-    @staticmethod
-    def of(batch: int, do_sample: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any, seed: Any, sequence: Any,
-           position: Any) -> _Draws:  # fmt: skip
-        sampled = _per_row("do_sample", do_sample, batch, bool)
-        heat = _per_row("temperature", temperature, batch, float, sys.float_info.max)
-        single = isinstance(sampled, bool) and isinstance(heat, float)
-        return _Draws(
-            greedy=not sampled or heat == 0 if single else np.logical_not(sampled) | (np.asarray(heat) == 0),
-            temperature=heat,
-            top_k=_per_row("top_k", top_k, batch, int, 2**31 - 1),
-            top_p=_per_row("top_p", top_p, batch, float, 1),
-            min_p=_per_row("min_p", min_p, batch, float, 1),
-            seed=_per_row("seed", seed, batch, int, 2**64 - 1),
-            sequence=None if sequence is None else _per_row("sequence", sequence, batch, int, 2**64 - 1),
-            position=_per_row("position", position, batch, int, 2**64 - 1),
-            tokens=np.empty(batch, np.int64),
-            logprobs=np.empty(batch, np.float32),
-        )
-
-    def reference(self) -> list[tuple[SamplingParams, int, int]]:
-        """The parameters, sequence and position of every row."""
-        batch = len(self.tokens)
-        sequence = np.arange(batch) if self.sequence is None else self.sequence
-        rows = (self.greedy, self.temperature, self.top_k, self.top_p, self.min_p, self.seed, sequence, self.position)
-        lists = [np.broadcast_to(np.asarray(row), batch).tolist() for row in rows]
-        return [
-            (SamplingParams(not greedy, temperature, top_k, top_p, min_p, seed), where, position)
-            for greedy, temperature, top_k, top_p, min_p, seed, where, position in zip(*lists, strict=True)
-        ]
-
-    def native(self) -> _native.Draws:
-        return _native.Draws(*self)
-
-
-def _per_row(name: str, value: Any, batch: int, kind: type[bool] | type[int] | type[float], high: float = 1) -> Any:
-    """One value, or an array [B] of them, of the kind and in [0, high]."""
-    if type(value) is kind or (kind is float and type(value) is int):
-        if not 0 <= value <= high:
-            raise ValueError(f"{name}: expected a value in [0, {high}], got {value!r}")
-        return kind(value)
-    array = np.asarray(value)
-    kinds = {bool: "b", int: "iu", float: "iuf"}[kind]
-    if array.dtype.kind not in kinds:
-        raise TypeError(f"{name}: expected {kind.__name__}, or one for each row, got {value!r}")
-    if array.shape not in ((), (batch,)):
-        raise ValueError(f"{name}: expected one value or shape [{batch}], got shape {list(array.shape)}")
-    if not ((array >= 0) & (array <= high)).all():
-        raise ValueError(f"{name}: expected values in [0, {high}], got {value!r}")
-    return array
-
-
-def _weights(value: Any, shape: tuple[int, int], rule: MergeRule) -> npt.NDArray[np.float32]:
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
-        value = value.detach().float().cpu().numpy()
-    weights = np.ascontiguousarray(value, dtype=np.float32)
-    if weights.shape != shape:
-        raise ValueError(f"mixture_weights: expected shape {list(shape)} ([B, K]), got {list(weights.shape)}")
-    return sampling.check_weights(weights, rule)
+def view(logits: Any) -> _native.View:
+    """A tensor [B, K, V] on the CPU, or an array, as the C++ kernels see it."""
+    return Array.of("expert_logits", logits, 3).view()
 
 
 def _named(row: int, compute: Any) -> Any:
@@ -328,7 +261,8 @@ def thread_pool(count: int) -> _native.ThreadPool:
     return _pool_of(count, os.getpid())
 
 
-def _sampler(wanted: int | None) -> _native.MixSampler:
+def sampler(wanted: int | None) -> _native.MixSampler:
+    """The C++ merge and draw on so many threads."""
     return _sampler_of(isa(), num_threads(wanted), os.getpid())
 
 

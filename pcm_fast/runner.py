@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from typing import Any, Protocol
+from typing import Protocol
 
 from pcm_fast.kv_cache import KvCacheManager
 from pcm_fast.request import Request
 from pcm_fast.sequence import Reader
-from pcm_fast.step_plan import StepPlan
+from pcm_fast.step_arrays import StepArrays
+from pcm_fast.step_plan import Reading, StepPlan
 
 
 class Runner(Protocol):
@@ -35,8 +36,11 @@ class Runner(Protocol):
     def copy_blocks(self, model: int, copies: Items[tuple[int, int]]) -> None:
         """Copy blocks (from, to) of a model's cache, before anything else is written there."""
 
-    def run(self, plan: StepPlan) -> Any:
-        """Run a step; returns the results, see ``backends.native_runner.StepArrays``."""
+    def run(self, plan: StepPlan) -> StepArrays:
+        """Run a step; its results are valid until the next."""
+
+    def read(self, readings: Items[Reading], arrays: StepArrays) -> None:
+        """Run a step that no scheduler has planned, and fill the results of its arrays."""
 
 
 def longest_rows(

@@ -88,6 +88,7 @@ class Scheduler:
                 row.reserved += count
             if copies:
                 self._runner.copy_blocks(reading.model, copies)
+        plan.extensions += 1
         plan.ahead = min(row.reserved - row.read for reading in plan.readings for row, _, _ in reading.spans)
         return True
 

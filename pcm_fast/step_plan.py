@@ -63,6 +63,7 @@ class StepPlan:
         steady: whether the next step is this one again, a token later, as long as the same sequences run.
         owners: of a steady plan, for each reading the index among the draws of each span's sequence.
         ahead: how often it can be repeated before its rows need more slots.
+        extensions: how often its rows got more slots since it was made.
         lag: how often it was repeated since the KV cache was told what its rows have read.
         callables: the sequences that draw under weights of a callable PCM.
         prepared: what the runner keeps with it.
@@ -74,7 +75,7 @@ class StepPlan:
         self.states: list[list[tuple[int, int]]] = []
         self.steady = True
         self.owners: list[list[int]] = []
-        self.ahead = self.lag = 0
+        self.ahead = self.lag = self.extensions = 0
         self.callables: list[Sequence] = []
         self.prepared: Any = None
         self._index: dict[int, int] = {}

@@ -227,7 +227,7 @@ def test_one_checkpoint_is_loaded_once(checkpoint, make_tiny_model):
     model = MixtureModel(spec, backend="native")
     options = {"max_new_tokens": 5, "merge": "log_linear", "preference": {"a": 1, "b": 1}}
     assert np.array_equal(model.generate(ids_of(0, 9), **options), reference.generate(model, ids_of(0, 9), **options))
-    assert len(model._native.model.models) == 1  # nobody reads with the base
+    assert len(model._decoder.model.models) == 1  # nobody reads with the base
 
 
 @pytest.mark.parametrize("interval", [2, 5])
@@ -425,7 +425,7 @@ def test_a_request_that_fails_takes_nothing_with_it(checkpoint, experts):
     # generate raises, and goes on afterwards.
     with pytest.raises(RefusedError):
         model.generate(ids_of(0, 9), **good, preference="refuse")
-    assert_all_free(model._native._engine[0])
+    assert_all_free(model._decoder._engine[0])
     assert_same(model.generate(ids_of(0, 9), **good, return_dict_in_generate=True), expected)
 
 
@@ -482,8 +482,8 @@ def test_bad_engines(named, options, message):
         named.engine(**options)
 
 
-def test_only_the_native_backend_has_an_engine(named):
-    with pytest.raises(ValueError, match=r"backend: an engine needs the 'native' backend, .* runs on 'reference'"):
+def test_the_reference_backend_has_no_engine(named):
+    with pytest.raises(ValueError, match=r"backend: an engine needs the 'native' or the 'torch' backend, got 'ref"):
         MixtureModel(named.spec, backend="reference").engine()
 
 
@@ -522,22 +522,22 @@ def test_a_step_inside_of_a_step_is_refused_and_a_generate_is_not(checkpoint, ex
 
 
 def test_generate_reuses_prompts_and_makes_its_cache_larger(learned, monkeypatch):
-    from pcm_fast.backends import native
+    from pcm_fast.backends import engine_decoder
 
-    monkeypatch.setattr(native, "USUAL_BYTES", 1 << 16)
-    monkeypatch.setattr(native, "MOST_BYTES", 1 << 17)
+    monkeypatch.setattr(engine_decoder, "USUAL_BYTES", 1 << 16)
+    monkeypatch.setattr(engine_decoder, "MOST_BYTES", 1 << 17)
     model = MixtureModel(learned.spec, backend="native")
     options = {"pcm_input_ids": ids_of(1, 40), "max_new_tokens": 4, "return_dict_in_generate": True}
     first = model.generate(ids_of(0, 40), **options)
-    engine = model._native._engine[0]
+    engine = model._decoder._engine[0]
     assert engine.stats()["reused_tokens"] == 0
     assert_same(model.generate(ids_of(0, 40), **options), first)
-    assert model._native._engine[0] is engine
+    assert model._decoder._engine[0] is engine
     assert engine.stats()["reused_tokens"] >= 4 * 32
     # Longer than all of that cache: a larger one. More rows than fit at once: they wait for their turn.
     long = {**options, "pcm_input_ids": ids_of(1, 200) * 6, "max_new_tokens": 30}
     together = model.generate(ids_of(0, 200) * 6, **long)
-    assert model._native._engine[0] is not engine
+    assert model._decoder._engine[0] is not engine
     assert_same(together, reference.generate(model, ids_of(0, 200) * 6, **long), exact=False)
     assert set(together.timings) == {"prefill", "decode", "time_to_first_token", "tokens"}
     assert 0 < together.timings["time_to_first_token"] <= together.timings["prefill"]

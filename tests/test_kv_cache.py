@@ -271,6 +271,26 @@ def test_refused_drafts_leave_no_trace():
 # --- At the border
 
 
+def test_defragment_brings_content_to_the_front_and_loses_nothing():
+    kv = manager()
+    short = [start(kv, [1, 2, 3], namespace)[0] for namespace in (1, 2)]  # blocks 0 and 1
+    early, _ = start(kv, list(range(200, 209)))  # 2, 3, 4
+    row, _ = start(kv, list(range(100, 110)))  # 5, 6, 7
+    late, _ = start(kv, list(range(300, 309)))  # 8, 9, 10
+    for other in (*short, early, late):
+        kv.free(other)  # whole blocks stay cached: 2, 3, 8, 9
+    assert sorted(kv.defragment()) == [(7, 0), (8, 1), (9, 4)]
+    kv.check()
+    assert kv.block_table(row).tolist() == [5, 6, 0]
+    assert kv.match_prefix(0, list(range(200, 209))) == (8, 2)
+    assert kv.match_prefix(0, list(range(300, 309))) == (8, 2)
+    again, reused = start(kv, list(range(300, 309)))
+    assert reused == 8
+    assert kv.block_table(again).tolist()[:2] == [1, 4]
+    assert fill(kv, row, [110, 111]) == []
+    assert kv.defragment() == []
+
+
 def test_views_stay_where_they_are_and_keep_the_manager_alive():
     kv = manager()
     row, _ = start(kv, list(range(9)))

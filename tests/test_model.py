@@ -77,7 +77,15 @@ def test_the_embedded_model_is_the_default():
             ValueError,
             "backend: expected one of 'auto', 'reference', 'native', 'torch', got 'cuda'",
         ),
-        ({"backend": "torch"}, ValueError, "backend: this build of pcm-fast has no 'torch' backend"),
+        ({"device": "cpu"}, ValueError, "device: only backend='torch' runs on a device of choice; this one is"),
+        ({"backend": "torch", "device": "tpu"}, ValueError, "device: expected 'cuda', 'cuda:N' or 'cpu', got 'tpu'"),
+        (
+            {"backend": "torch", "device": 0},
+            TypeError,
+            "device: expected a name such as 'cuda' or .*, got 0",
+        ),
+        ({"backend": "torch", "weights": "q8_0"}, ValueError, "weights: expected one of .* with backend='torch'"),
+        ({"backend": "torch", "activations": "int8"}, ValueError, "activations: expected 'float32' with backend='t"),
         ({"weights": "int3"}, ValueError, "weights: expected one of 'auto', .*, got 'int3'"),
         (
             {"backend": "reference", "weights": "q8_0"},
@@ -86,7 +94,7 @@ def test_the_embedded_model_is_the_default():
         ),
         ({"num_threads": 0}, ValueError, "num_threads: expected an integer >= 1 or None, got 0"),
         ({"num_threads": "two"}, TypeError, "num_threads: expected an integer >= 0, got 'two'"),
-        ({"device": "cpu"}, TypeError, "unexpected keyword argument 'device'"),
+        ({"devices": "cpu"}, TypeError, "unexpected keyword argument 'devices'"),
     ],
 )
 def test_bad_models(chatty, arguments, error, message):

@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from agreement import difference
 
 from pcm_fast import MixtureModel, _native, reference
 from pcm_fast.adapter import Adapter, AdapterSite
@@ -26,14 +27,6 @@ RULES = ["linear", "log_linear", "power(-1)"]
 
 def tokens_of(seed, *shape, vocabulary=320):
     return np.random.default_rng(seed).integers(3, vocabulary, size=shape)
-
-
-def difference(ours, reference):
-    """Greatest difference of log p where the reference has p > 1e-6, and the mean KL divergence."""
-    ours, reference = (np.asarray(x, np.float64).reshape(-1, np.shape(x)[-1]) for x in (ours, reference))
-    ours, reference = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (ours, reference))
-    likely = reference > np.log(1e-6)
-    return np.abs(ours - reference)[likely].max(), (np.exp(reference) * (reference - ours)).sum(axis=1).mean()
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -10,19 +10,11 @@ import numpy.typing as npt
 
 from pcm_fast import _native
 from pcm_fast.adapter import Adapter
+from pcm_fast.backends.readers import SITES
 from pcm_fast.checkpoint import Checkpoint, ModelConfig, StoredTensor
 
 Float32 = npt.NDArray[np.float32]
 
-SITES = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
 FORMATS = {"F32": 0, "BF16": 1, "Q8_0": 2, "Q4_0": 3, "Q4_1": 4}
 BLOCK_FORMATS = ("Q8_0", "Q4_0", "Q4_1")
 ROPE_TYPES = ("default", "linear", "llama3", "factors")
@@ -40,7 +32,7 @@ def unsupported(config: ModelConfig) -> str | None:
 
 
 class NativeModel:
-    """One checkpoint in the C++ decoder, with the adapters its rows may carry.
+    """One checkpoint in the C++ decoder, with the adapters its rows may carry (those of ``Readers.adapters``).
 
     Attributes:
         config: its shape.
@@ -81,10 +73,8 @@ class NativeModel:
             )
         self.decoder.int8_activations = activations == "int8"
         self._load(checkpoint.tensors, weights)
-        self._adapters = {
-            key: self.decoder.add_adapter(_native_sites(adapter, config.num_layers))
-            for key, adapter in {id(adapter): adapter for adapter in adapters}.items()
-        }
+        for adapter in adapters:  # each gets its place among them as its number
+            self.decoder.add_adapter(_native_sites(adapter, config.num_layers))
         self._positions = 0
 
     @property
@@ -95,10 +85,6 @@ class NativeModel:
     def profile(self) -> dict[str, float]:
         """Seconds spent in each part of the decoder so far."""
         return self.decoder.profile()
-
-    def adapter_index(self, adapter: Adapter | None) -> int:
-        """The number of an adapter among the decoder's; -1 for none."""
-        return -1 if adapter is None else self._adapters[id(adapter)]
 
     def reserve_positions(self, count: int) -> None:
         """Have rotary factors for so many positions."""

@@ -8,43 +8,18 @@ import numpy as np
 import numpy.typing as npt
 
 from pcm_fast import _native, ops
-from pcm_fast.adapter import Adapter
-from pcm_fast.backends.native_model import SITES, NativeModel, unsupported
-from pcm_fast.checkpoint import Checkpoint
-from pcm_fast.kv_cache import namespace_id
+from pcm_fast.backends import readers
+from pcm_fast.backends.native_model import NativeModel, unsupported
+from pcm_fast.kv_cache import host_memory
 from pcm_fast.pcm import LearnedPCM
-from pcm_fast.sequence import Reader
 from pcm_fast.spec import ModelSpec
-from pcm_fast.vocabulary import vocab_size
 
 Float32 = npt.NDArray[np.float32]
 
 
 def reason_against(spec: ModelSpec) -> str | None:
     """Why the native backend cannot run this mixture; None if it can."""
-    if len(spec.experts) > _native.MAX_EXPERTS:
-        return f"more than {_native.MAX_EXPERTS} experts"
-    for owner, checkpoint, adapter in readers_of(spec):
-        where = "" if checkpoint is spec.checkpoint else f" ({owner})"
-        if checkpoint.config is None:
-            return (checkpoint.family_reason or "an architecture it does not know") + where
-        reason = unsupported(checkpoint.config)
-        if reason is not None:
-            return reason + where
-        if checkpoint.config.vocab_size != vocab_size(spec.checkpoint):
-            return f"a vocabulary of {checkpoint.config.vocab_size} tokens{where}"
-        for path in adapter.sites if adapter is not None else ():
-            if path != "lm_head" and not path.endswith(SITES):
-                return f"an adapter on {path}"
-    return None
-
-
-def readers_of(spec: ModelSpec) -> list[tuple[str, Checkpoint, Adapter | None]]:
-    """Everybody who reads text: a name for messages, the checkpoint and the adapter; the PCM last."""
-    readers = [(f"expert {e.name!r}", spec.expert_checkpoint(i), e.adapter) for i, e in enumerate(spec.experts)]
-    if isinstance(spec.pcm, LearnedPCM):
-        readers.append(("the PCM", spec.pcm.checkpoint or spec.checkpoint, spec.pcm.adapter))
-    return readers
+    return readers.reason_against(spec, unsupported)
 
 
 class NativeModels:
@@ -73,26 +48,10 @@ class NativeModels:
         self.models: list[NativeModel] = []
         isa, pool = ops.isa(), ops.thread_pool(self.num_threads)
         self.sampler = _native.MixSampler(isa, pool)
-        everybody = readers_of(spec)
-        checkpoints = list({id(checkpoint): checkpoint for _, checkpoint, _ in everybody}.values())
-        for checkpoint in checkpoints:
-            adapters = [adapter for _, other, adapter in everybody if other is checkpoint and adapter is not None]
+        found = readers.Readers.of(spec, weights, activations, kv_dtype)
+        for checkpoint, adapters in zip(found.checkpoints, found.adapters, strict=True):
             self.models.append(NativeModel(checkpoint, adapters, weights, activations, isa, pool))
-        index = {id(checkpoint): i for i, checkpoint in enumerate(checkpoints)}
-        readers = [
-            Reader(
-                model=index[id(checkpoint)],
-                adapter=self.models[index[id(checkpoint)]].adapter_index(adapter),
-                namespace=namespace_id(
-                    checkpoint.identity, adapter.identity if adapter else "", weights, activations, kv_dtype
-                ),
-                adapts_head=adapter is not None and "lm_head" in adapter.sites,
-            )
-            for _, checkpoint, adapter in everybody
-        ]
-        learned = isinstance(spec.pcm, LearnedPCM)
-        self.experts: tuple[Reader, ...] = tuple(readers[:-1] if learned else readers)
-        self.pcm: Reader | None = readers[-1] if learned else None
+        self.experts, self.pcm = found.experts, found.pcm
         self.head: tuple[Float32, Float32] | None = None
         if isinstance(spec.pcm, LearnedPCM):
             self.head = (
@@ -115,5 +74,8 @@ class NativeModels:
 
     def rows_of_model(self, model: int) -> int:
         """Rows that a sequence with all experts has on one of the models."""
-        readers = (*self.experts, *(() if self.pcm is None else (self.pcm,)))
-        return sum(reader.model == model for reader in readers)
+        return readers.rows_of_model(self.experts, self.pcm, model)
+
+    def kv_memory(self) -> int:
+        """Bytes that the KV caches of an engine take at most unless somebody asks for more."""
+        return host_memory() // 4

@@ -5,6 +5,8 @@
 //       tests/cpp/kv_cache_driver.cpp csrc/kv_cache.cpp csrc/prefix_index.cpp csrc/kv_storage.cpp
 //   ./kv_cache_driver OPERATIONS SEED THREADS
 //
+// With PCM_DEVICE_STORAGE the memory is that of tests/cuda/device_storage.h: the kernels of csrc/cuda, on the CPU.
+//
 // The key and value at a position encode a hash of the namespace and of all tokens up to it, as real ones are a
 // function of these. So whatever goes wrong with sharing, copying, reuse or eviction is seen as a wrong number in some
 // row. Keys and values are written and read by THREADS threads, each with rows of its own: a block that two rows may
@@ -27,6 +29,9 @@
 
 #include "kv_cache.h"
 #include "kv_storage.h"
+#ifdef PCM_DEVICE_STORAGE
+#include "device_storage.h"
+#endif
 
 std::atomic<int64_t> allocations{0};
 
@@ -47,7 +52,6 @@ using pcm::KvBlockCopy;
 using pcm::KvCacheManager;
 using pcm::KvCacheStats;
 using pcm::KvDtype;
-using pcm::KvStorage;
 using pcm::RowId;
 
 #define REQUIRE(condition) \
@@ -141,6 +145,20 @@ class Workers {
   std::string error_;
 };
 
+#ifdef PCM_DEVICE_STORAGE
+using Storage = DeviceStorage;
+#else
+using Storage = pcm::KvStorage;
+
+// What gather_blocks does on a device: moves the blocks, and has the tables follow.
+void move_blocks(Storage& storage, const std::vector<KvBlockCopy>& moves, std::vector<int32_t>& tables, int32_t) {
+  for (const KvBlockCopy& move : moves) {
+    storage.copy_block(move.src, move.dst);
+    std::replace(tables.begin(), tables.end(), move.src, move.dst);
+  }
+}
+#endif
+
 struct ModelRow {
   uint64_t namespace_id;
   std::vector<int32_t> tokens;   // committed
@@ -179,6 +197,8 @@ class Episode {
       free(pick());
     } else if (choice < 48) {
       refuse_nonsense();
+    } else if (choice < 50) {
+      defragment();
     } else {
       append();
     }
@@ -293,6 +313,25 @@ class Episode {
       return 0;
     });
     rows_.erase(id);
+  }
+
+  void defragment() {
+    const KvCacheStats before = manager_.stats();
+    const int32_t* tables = manager_.block_tables();
+    const size_t entries = static_cast<size_t>(scenario_.max_rows) * scenario_.max_blocks_per_row;
+    std::vector<int32_t> moved_tables(tables, tables + entries);
+    const std::vector<KvBlockCopy> moves = manager_.defragment();
+    move_blocks(storage_, moves, moved_tables, scenario_.max_rows);
+    const KvCacheStats after = manager_.stats();
+    REQUIRE(after.used == before.used && after.cached == before.cached && after.free == before.free);
+    for (const KvBlockCopy& move : moves) REQUIRE(move.dst < after.used + after.cached && move.dst < move.src);
+    for (const auto& entry : rows_) {
+      const int32_t* table = manager_.block_table(entry.first);
+      const int32_t num_blocks = manager_.num_blocks(entry.first);
+      REQUIRE(std::equal(table, table + num_blocks, moved_tables.data() + (table - tables)));
+      for (int32_t i = 0; i < num_blocks; ++i) REQUIRE(table[i] < after.used + after.cached);
+    }
+    check_all();
   }
 
   void append() {
@@ -509,7 +548,7 @@ class Episode {
   std::mt19937_64& random_;
   Workers& workers_;
   KvCacheManager manager_;
-  KvStorage storage_;
+  Storage storage_;
   std::map<RowId, ModelRow> rows_;
   std::vector<int32_t> holders_;
   std::set<uint64_t> computed_;  // hashes of the prefixes of whole blocks that were ever committed

@@ -1,10 +1,9 @@
-"""kernels/attention.py and kernels/store_kv.py in Triton's interpreter against plain torch."""
+"""kernels/attention.py in Triton's interpreter against plain torch."""
 
 import pytest
 import torch
 import triton_interpreter  # noqa: F401
 from pcm_fast.kernels.attention import attention
-from pcm_fast.kernels.store_kv import store_kv
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -21,7 +20,7 @@ def caches(blocks, heads, block_size, size, dtype, layout):
 
 
 def case(seed, lengths, heads, kv_heads, size, block_size, dtype, layout="by token"):
-    """Queries, caches filled by store_kv, scattered block tables, lengths, and every row's context as it was stored."""
+    """Queries, filled caches, scattered block tables, lengths, and every row's context as it was stored."""
     random = torch.Generator().manual_seed(seed)
     rows = len(lengths)
     per_row = -(-max(*lengths, 1) // block_size)
@@ -35,8 +34,9 @@ def case(seed, lengths, heads, kv_heads, size, block_size, dtype, layout="by tok
         tables[t, -(-length // block_size) :] = 10**6
         keys, values = torch.randn(2, length, kv_heads, size, generator=random)
         places = torch.arange(length)
-        slots = tables[t, places // block_size].long() * block_size + places % block_size
-        store_kv(keys, values, slots, key_cache, value_cache)
+        blocks = tables[t, places // block_size].long()
+        key_cache[blocks, :, places % block_size] = keys.to(dtype)
+        value_cache[blocks, :, places % block_size] = values.to(dtype)
         contexts.append((keys.to(dtype), values.to(dtype)))
     return queries, key_cache, value_cache, tables, torch.tensor(lengths, dtype=torch.int32), contexts
 
@@ -92,23 +92,9 @@ def test_large_scores_do_not_overflow():
     assert (out.double() - expected(queries, contexts, 50.0)).abs().max() < 1e-3
 
 
-def test_store_writes_its_slots_and_no_others():
-    key_cache, value_cache = torch.zeros(2, 5, 3, 4, 24).unbind()
-    keys, values = torch.randn(2, 3, 3, 24)
-    store_kv(keys, values, torch.tensor([7, -1, 18]), key_cache, value_cache)
-    for cache, new in ((key_cache, keys), (value_cache, values)):
-        wanted = torch.zeros_like(cache)
-        wanted[1, :, 3], wanted[4, :, 2] = new[0], new[2]
-        assert (cache == wanted).all()
-
-
 def test_bad_shapes():
     queries, key_cache, value_cache, tables, lengths, _ = case(7, [5], 4, 2, 32, 16, torch.float32)
     with pytest.raises(ValueError, match=r"attention: queries .* do not fit"):
         attention(queries[:, :3], key_cache, value_cache, tables, lengths, scale=1.0)
     with pytest.raises(ValueError, match="splits: expected 1 to 64, got 0"):
         attention(queries, key_cache, value_cache, tables, lengths, scale=1.0, splits=0)
-    with pytest.raises(ValueError, match="store_kv: keys"):
-        store_kv(queries, queries[:, :2], torch.tensor([0]), key_cache, value_cache)
-    with pytest.raises(ValueError, match="store_kv: caches"):
-        store_kv(queries, queries, torch.tensor([0]), key_cache, value_cache)

@@ -1,18 +1,19 @@
-"""Teacher forcing on C++ decoders: text that is given is read position by position, with everything but the draw."""
+"""Teacher forcing on an engine's models: text that is given is read position by position, all but the draw."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pcm_fast import ops
-from pcm_fast.backends.native_models import NativeModels
-from pcm_fast.backends.native_runner import BLOCK_SIZE, NativeRunner, StepArrays
-from pcm_fast.sequence import Row
+from pcm_fast.kv_cache import BLOCK_SIZE
+from pcm_fast.runner import Runner
+from pcm_fast.sequence import Reader, Row
+from pcm_fast.step_arrays import StepArrays
 from pcm_fast.step_plan import Reading
 from pcm_fast.teacher_forcing import ForcedRequest
 
@@ -22,12 +23,15 @@ PREFILL_CHUNK = 256  # row-tokens in one pass over the weights
 POSITIONS_AT_ONCE = 32  # whose logits are held at a time
 
 
-def score(models: NativeModels, forced: ForcedRequest) -> Any:
-    """See ``MixtureModel.log_probs``."""
+MakeRunner = Callable[[list[int]], Runner]  # from the blocks that each model's cache needs
+
+
+def score(forced: ForcedRequest, experts: tuple[Reader, ...], pcm: Reader | None, make_runner: MakeRunner) -> Any:
+    """See ``MixtureModel.log_probs``; the readers are those of the models that the runner has."""
     output = forced.empty_output()  # [B, T, V]
     for b in range(len(output)):
         length = forced.num_positions(b)
-        for start, log_p in _Text(models, forced, b).log_probs(length):
+        for start, log_p in _Text(forced, b, experts, pcm, make_runner).log_probs(length):
             first = output.shape[1] - length + start
             output[b, first : first + len(log_p)] = log_p
     return forced.result(output)
@@ -36,20 +40,27 @@ def score(models: NativeModels, forced: ForcedRequest) -> Any:
 class _Text:
     """One row of the text, as all of its readers read it."""
 
-    def __init__(self, models: NativeModels, forced: ForcedRequest, index: int) -> None:
-        self._forced, self._index, self._models = forced, index, models
+    def __init__(
+        self,
+        forced: ForcedRequest,
+        index: int,
+        experts: tuple[Reader, ...],
+        pcm: Reader | None,
+        make_runner: MakeRunner,
+    ) -> None:
+        self._forced, self._index = forced, index
         running = forced.mixture.running
         self._rows: list[Row] = []
-        for reader, contexts in [(models.experts[i], forced.contexts[i]) for i in running] + (
-            [] if forced.pcm_contexts is None else [(models.pcm, forced.pcm_contexts)]
+        for reader, contexts in [(experts[i], forced.contexts[i]) for i in running] + (
+            [] if forced.pcm_contexts is None else [(pcm, forced.pcm_contexts)]
         ):
             assert reader is not None
             text = contexts[index].astype(np.int32)
             self._rows.append(Row(reader, text, text))
-        blocks = [1 for _ in models.models]
+        blocks = [1] * (1 + max(reader.model for reader in (*experts, *(() if pcm is None else (pcm,)))))
         for row in self._rows:
             blocks[row.reader.model] += math.ceil(len(row.text) / BLOCK_SIZE)
-        self._runner = NativeRunner(models, blocks, 1)
+        self._runner = make_runner(blocks)
         for row in self._rows:
             cache = self._runner.caches[row.reader.model]
             row.slot = cache.create_row(row.reader.namespace, row.text)
@@ -58,7 +69,7 @@ class _Text:
 
     def log_probs(self, length: int) -> Iterator[tuple[int, Float32]]:
         """Merged log-probabilities [n, V] of the last `length` positions, n at a time, each with where it starts."""
-        forced, mixture, threads = self._forced, self._forced.mixture, self._models.num_threads
+        forced, mixture, threads = self._forced, self._forced.mixture, self._runner.num_threads
         running = list(mixture.running)
         given = None
         if forced.pcm_contexts is None:
@@ -95,8 +106,7 @@ class _Text:
         for i, (index, first) in enumerate(places if wanted else ()):
             target = arrays.hidden[:, i] if i < experts else arrays.pcm
             target[:, 0], target[:, 1] = index, np.arange(first, first + wanted)
-        arrays.close(self._runner.passes(list(readings.values())), self._models.head)
-        self._runner.call(arrays)
+        self._runner.read(list(readings.values()), arrays)
         for reading in readings.values():
             for row, start, count in reading.spans:
                 self._runner.caches[reading.model].commit(row.slot, reading.tokens[start : start + count])
