@@ -76,26 +76,30 @@ $(foreach kind,asan tsan,$(eval $(call sanitized,$(kind))))
 .SECONDARY:
 
 # The kernels of csrc/cuda with tests/cuda/emulation.h in place of CUDA.
-EMULATED := csrc/graph_store.cpp csrc/kv_cache.cpp csrc/kv_moves.cpp csrc/prefix_index.cpp
-EMULATED_FROM := $(EMULATED) $(HEADERS) $(wildcard csrc/cuda/* tests/cuda/*.h tests/cpp/kv_cache_driver.cpp)
+EMULATED := $(addprefix csrc/,cuda/kv_ops.cu cuda/stream_capture.cu graph_store.cpp kv_cache.cpp kv_moves.cpp prefix_index.cpp)
+EMULATION := $(HEADERS) $(wildcard csrc/cuda/*.h tests/cuda/*.h)
 
 emulate: $(foreach kind,asan tsan,$(foreach noun,kv_ops kv_cache stream_capture,build/$(kind)/cuda/$(noun)_driver))
-	build/asan/cuda/kv_ops_driver 24 1
-	build/tsan/cuda/kv_ops_driver 24 2
-	build/asan/cuda/kv_cache_driver 400 1 1
-	build/tsan/cuda/kv_cache_driver 400 2 1
+	build/asan/cuda/kv_ops_driver 150 1
+	build/tsan/cuda/kv_ops_driver 100 2
+	build/asan/cuda/kv_cache_driver 4000 1 1
+	build/tsan/cuda/kv_cache_driver 2000 2 1
 	build/asan/cuda/stream_capture_driver
 	build/tsan/cuda/stream_capture_driver
 
 define emulated
-build/$(1)/cuda/%_driver: tests/cuda/%_driver.cpp $(EMULATED_FROM)
+build/$(1)/%.o: %.cu $(EMULATION)
 	mkdir -p $$(@D)
-	$(CXX) $(SANITIZE) -Wall -Wextra $(FLAGS_$(1)) -Itests/cuda -o $$@ $$< $(EMULATED)
+	$(CXX) $(SANITIZE) $(FLAGS_$(1)) -Wall -Wextra -Itests/cuda -c -o $$@ -x c++ $$<
+
+build/$(1)/cuda/%_driver: tests/cuda/%_driver.cpp tests/cpp/kv_cache_driver.cpp $(EMULATION) $(addprefix build/$(1)/,$(addsuffix .o,$(basename $(EMULATED))))
+	mkdir -p $$(@D)
+	$(CXX) $(SANITIZE) $(FLAGS_$(1)) -Wall -Wextra -Itests/cuda -o $$@ $$< $(addprefix build/$(1)/,$(addsuffix .o,$(basename $(EMULATED))))
 endef
 $(foreach kind,asan tsan,$(eval $(call emulated,$(kind))))
 
 # As a Python module, for tests of pcm_fast/backends/cuda_kv.py on the CPU.
-build/emulated/_cuda.so: csrc/cuda/cuda_bindings.cpp $(EMULATED_FROM)
+build/emulated/_cuda.so: csrc/cuda/cuda_bindings.cpp csrc/cuda/kv_ops.cu $(EMULATION)
 	mkdir -p $(@D)
 	$(CXX) -std=c++20 -O1 -shared -fPIC -fvisibility=hidden -pthread -Icsrc -Itests/cuda \
 	  $$($(BIN)/python -m pybind11 --includes) -o $@ $< -x c++ csrc/cuda/kv_ops.cu

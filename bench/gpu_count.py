@@ -199,7 +199,7 @@ def table(counted: dict[str, dict[str, Any]]) -> str:
             megabytes["logits_once"],
             f"{megabytes['read']}, {megabytes['written']}",
             f"{row['torch_operators']}; {megabytes['torch_read']}, {megabytes['torch_written']}",
-            *(f"{least} to {asked}" for least, asked in row["computed_us"].values()),
+            *(f"{least:.2f} to {asked:.2f}" for least, asked in row["computed_us"].values()),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

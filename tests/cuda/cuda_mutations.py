@@ -12,16 +12,15 @@ class Mutation(NamedTuple):
     new: str
     sanitizer: str = "asan"
     file: str = "kv_ops.cu"
-    driver: str = "kv_ops"
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.kernel or self.driver}: {self.what}"
+        return f"{self.file}: {self.kernel}{self.kernel and ', '}{self.what}"
 
 
 MUTATIONS = [
     Mutation("store_kv", "the first slot is not written", "if (slot < 0) return;", "if (slot <= 0) return;"),
     Mutation("store_kv", "a slot of -1 is written", "if (slot < 0) return;", ""),
-    Mutation("store_kv", "keys and values change places", "blockIdx.y == 0 ? keys", "blockIdx.y == 1 ? keys"),
+    Mutation("store_kv", "the values are not written", "blockIdx.y == 0 ? keys : values", "keys"),
     Mutation("store_kv", "the last head is not written", "i < shape.heads * packs", "i < (shape.heads - 1) * packs"),
     Mutation("store_kv", "off-by-one mask of the items", "i < shape.heads * packs", "i <= shape.heads * packs"),
     Mutation("store_kv", "swapped stride of the items", "item * stream.to.item_stride", "item * stream.to.slot_stride"),
@@ -136,8 +135,7 @@ MUTATIONS = [
         "if (!finished_) cudaStreamEndCapture(stream_, &graph_);",
         "",
         "asan",
-        "stream_capture.cu",
-        "stream_capture",
+        file="stream_capture.cu",
     ),
     Mutation(
         "",
@@ -145,8 +143,7 @@ MUTATIONS = [
         "if (graph_ != nullptr) cudaGraphDestroy(graph_);",
         "",
         "asan",
-        "stream_capture.cu",
-        "stream_capture",
+        file="stream_capture.cu",
     ),
     Mutation(
         "",
@@ -154,7 +151,6 @@ MUTATIONS = [
         "cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(dead));",
         "(void)dead;",
         "asan",
-        "stream_capture.cu",
-        "stream_capture",
+        file="stream_capture.cu",
     ),
 ]

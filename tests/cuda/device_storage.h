@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cuda/kv_ops.cu"
+#include "cuda/kv_ops.h"
 #include "kv_cache.h"
 #include "kv_storage.h"
 

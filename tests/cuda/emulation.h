@@ -12,10 +12,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -56,6 +59,60 @@ class Barrier {
  private:
   pthread_barrier_t barrier_;
 };
+
+// Threads that stay from launch to launch: run(n, task) calls task(0) to task(n - 1), each in a thread of its own.
+class Crew {
+ public:
+  ~Crew() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  void run(unsigned size, const std::function<void(unsigned)>& task) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (threads_.size() < size) {
+      threads_.emplace_back([this, index = threads_.size(), seen = round_] { work(index, seen); });
+    }
+    task_ = &task;
+    size_ = size;
+    left_ = threads_.size();
+    ++round_;
+    wake_.notify_all();
+    done_.wait(lock, [this] { return left_ == 0; });
+  }
+
+ private:
+  void work(size_t index, uint64_t seen) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (true) {
+      wake_.wait(lock, [&] { return stop_ || round_ != seen; });
+      if (stop_) return;
+      seen = round_;
+      lock.unlock();
+      if (index < size_) (*task_)(static_cast<unsigned>(index));
+      lock.lock();
+      if (--left_ == 0) done_.notify_one();
+    }
+  }
+
+  std::vector<std::thread> threads_;
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  const std::function<void(unsigned)>* task_ = nullptr;
+  unsigned size_ = 0;
+  size_t left_ = 0;
+  uint64_t round_ = 0;
+  bool stop_ = false;
+};
+
+inline Crew& crew() {
+  static Crew all;
+  return all;
+}
 
 struct Warp {
   Barrier barrier{kWarp};
@@ -146,21 +203,17 @@ void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, unsigned
   std::iota(blocks.begin(), blocks.end(), 0u);
   std::shuffle(blocks.begin(), blocks.end(), emulation::order());
   emulation::Launch one(threads);
-  std::vector<std::thread> running;
-  for (unsigned i = 0; i < threads; ++i) {
-    running.emplace_back([&, i] {
-      emulation::current = &one;
-      gridDim = grid;
-      threadIdx = dim3(i, 0, 0);
-      for (const unsigned block : blocks) {
-        blockIdx = dim3(block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y);
-        emulation::has_met = false;
-        kernel(arguments...);
-        if (emulation::has_met) one.barrier.wait();  // what is shared goes on to the next block
-      }
-    });
-  }
-  for (std::thread& thread : running) thread.join();
+  emulation::crew().run(threads, [&](unsigned i) {
+    emulation::current = &one;
+    gridDim = grid;
+    threadIdx = dim3(i, 0, 0);
+    for (const unsigned block : blocks) {
+      blockIdx = dim3(block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y);
+      emulation::has_met = false;
+      kernel(arguments...);
+      if (emulation::has_met) one.barrier.wait();  // what is shared goes on to the next block
+    }
+  });
 }
 
 }  // namespace pcm

@@ -7,8 +7,8 @@
 #include <cstdlib>
 
 #include "advance_cases.h"
-#include "cuda/kv_ops.cu"
 #include "decode_cases.h"
+#include "emulation.h"
 #include "move_cases.h"
 #include "store_kv_cases.h"
 

@@ -3,7 +3,8 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "cuda/stream_capture.cu"
+#include "cuda/stream_capture.h"
+#include "emulation.h"
 
 namespace {
 
