@@ -51,9 +51,9 @@ def helpful(prompts: Sequence[str], answers: Sequence[str]) -> Numbers:
 
 
 def concise(prompts: Sequence[str], answers: Sequence[str]) -> Numbers:
-    """Minus the logarithm of the number of words, 5 at least; 3 words or fewer say nothing and count as 80."""
+    """Minus the logarithm of the number of words; 12 are short enough, and 3 or fewer say nothing and count as 80."""
     length = np.array([len(words(answer)) for answer in answers])
-    return -np.log(np.where(length < 4, 80, np.maximum(length, 5)))
+    return -np.log(np.where(length < 4, 80, np.maximum(length, 12)))
 
 
 def informative(prompts: Sequence[str], answers: Sequence[str]) -> Numbers:
