@@ -21,6 +21,8 @@ from pcm_fast.hf_directory import read_json
 from pcm_fast.quantization import READABLE_DTYPES
 from pcm_fast.safetensors_file import read_safetensors
 
+Float32 = npt.NDArray[np.float32]
+
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 # Options under which an adapter is more than W + scaling * B A on linear layers of the untouched base.
 UNSUPPORTED_OPTIONS = (
@@ -32,28 +34,44 @@ UNSUPPORTED_OPTIONS = (
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-@dataclass(frozen=True, eq=False)
 class AdapterSite:
-    """What an adapter adds to one linear layer: ``scaling * B @ A``, with A float32 [r, in] and B float32 [out, r]."""
+    """What an adapter adds to one linear layer: ``scaling * B @ A``.
 
-    A: npt.NDArray[np.float32]
-    B: npt.NDArray[np.float32]
-    scaling: float
+    Factors that lie in a file stay there and are decoded whenever they are asked for: a backend keeps them in a form of
+    its own, and a second copy would take as much memory again.
+    """
 
-    def __post_init__(self) -> None:
-        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1] or self.A.shape[0] == 0:
-            raise ValueError(f"A, B: expected [r, in] and [out, r], got {list(self.A.shape)} and {list(self.B.shape)}")
-        if self.A.dtype != np.float32 or self.B.dtype != np.float32:
-            raise TypeError(f"A, B: expected float32, got {self.A.dtype} and {self.B.dtype}")
+    def __init__(self, A: Float32 | StoredTensor, B: Float32 | StoredTensor, scaling: float) -> None:
+        """A: [r, in], B: [out, r]; float32 arrays, or tensors of a file."""
+        if len(A.shape) != 2 or len(B.shape) != 2 or A.shape[0] != B.shape[1] or A.shape[0] == 0:
+            raise ValueError(f"A, B: expected [r, in] and [out, r], got {list(A.shape)} and {list(B.shape)}")
+        if any(isinstance(factor, np.ndarray) and factor.dtype != np.float32 for factor in (A, B)):
+            raise TypeError(f"A, B: expected float32, got {A.dtype} and {B.dtype}")
+        self._A, self._B, self.scaling = A, B, scaling
+
+    @property
+    def A(self) -> Float32:  # noqa: N802, as in the paper
+        """The factor that is applied first, float32 [r, in]."""
+        return self._A.dequantize() if isinstance(self._A, StoredTensor) else self._A
+
+    @property
+    def B(self) -> Float32:  # noqa: N802
+        """The factor that is applied second, float32 [out, r]."""
+        return self._B.dequantize() if isinstance(self._B, StoredTensor) else self._B
 
     @property
     def rank(self) -> int:
         """Rows of A."""
-        return len(self.A)
+        return int(self._A.shape[0])
 
-    def delta(self) -> npt.NDArray[np.float32]:
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in A and B."""
+        return int(self._A.size + self._B.size)
+
+    def delta(self) -> Float32:
         """The change of the weight, float32 [out, in]."""
-        product: npt.NDArray[np.float32] = self.B @ self.A
+        product: Float32 = self.B @ self.A
         product *= np.float32(self.scaling)
         return product
 
@@ -75,15 +93,16 @@ class Adapter:
         digest = hashlib.sha256()
         for name in sorted(self.sites):
             site = self.sites[name]
-            digest.update(f"{name} {site.A.shape} {site.B.shape} {float(site.scaling)!r} ".encode())
-            digest.update(np.ascontiguousarray(site.A).tobytes())
-            digest.update(np.ascontiguousarray(site.B).tobytes())
+            a, b = site.A, site.B
+            digest.update(f"{name} {a.shape} {b.shape} {float(site.scaling)!r} ".encode())
+            digest.update(np.ascontiguousarray(a).tobytes())
+            digest.update(np.ascontiguousarray(b).tobytes())
         self.identity = digest.hexdigest()[:32]
 
     @property
     def num_parameters(self) -> int:
         """Numbers in all A and B."""
-        return sum(site.A.size + site.B.size for site in self.sites.values())
+        return sum(site.num_parameters for site in self.sites.values())
 
 
 def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
@@ -123,7 +142,7 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
         rank, scaling = rank_and_scaling(directory / CONFIG_NAME, options, module)
         check_factor(weights, module, pair.get("A"), "A", (rank, in_features))
         check_factor(weights, module, pair.get("B"), "B", (out_features, rank))
-        sites[module] = AdapterSite(pair["A"].dequantize(), pair["B"].dequantize(), scaling)
+        sites[module] = AdapterSite(pair["A"], pair["B"], scaling)
     return Adapter(directory, sites)
 
 
@@ -247,9 +266,12 @@ def save_adapter(adapter: Adapter, path: str | Path, base_model_name_or_path: st
         "rank_pattern": {re.escape(module): site.rank for module, site in adapter.sites.items() if site.rank != rank},
         "alpha_pattern": {re.escape(module): value for module, value in alphas.items() if value != alpha},
     }
-    tensors: dict[str, npt.NDArray[np.float32]] = {}
+    tensors: dict[str, Float32] = {}
     for module, site in adapter.sites.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(site.A)
         tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(site.B)
     (directory / CONFIG_NAME).write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+    # Who has loaded the adapter that stood there reads its file still: it must not change under them.
+    unfinished = directory / f"{WEIGHTS_NAME}.new"
+    save_file(tensors, unfinished, metadata={"format": "pt"})
+    unfinished.replace(directory / WEIGHTS_NAME)

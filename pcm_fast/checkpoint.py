@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -168,7 +169,20 @@ class StoredTensor:
 
     def dequantize(self) -> npt.NDArray[np.float32]:
         """A new float32 array of ``shape``."""
-        return dequantize(self.blocks(), self.dtype).reshape(self.shape)
+        values = dequantize(self.blocks(), self.dtype).reshape(self.shape)
+        self.release()
+        return values
+
+    def release(self) -> None:
+        """Let the pages of the file go that reading has brought into this process; the next use brings them back."""
+        owner: object = self.data
+        while isinstance(owner, np.ndarray):
+            owner = owner.base
+        if not isinstance(owner, mmap.mmap) or not hasattr(owner, "madvise") or not self.nbytes:
+            return
+        begin = self.data.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
+        page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        owner.madvise(mmap.MADV_DONTNEED, page, begin + self.nbytes - page)
 
 
 @dataclass
@@ -241,6 +255,7 @@ class Checkpoint:
             middle = tensor.nbytes // 2
             digest.update(tensor.data[middle : middle + 64].tobytes())
             digest.update(tensor.data[-64:].tobytes())
+            tensor.release()
         return digest.hexdigest()[:32]
 
 

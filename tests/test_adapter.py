@@ -124,6 +124,20 @@ def test_an_adapter_of_one_scaling_survives_exactly(tiny_llama_dir, tmp_path, ra
     assert load_adapter(tmp_path, config).identity == adapter.identity
 
 
+def test_an_adapter_is_saved_over_the_file_it_reads(tiny_llama_dir, tmp_path, random_adapter):
+    config = load_checkpoint(tiny_llama_dir).config
+    save_adapter(random_adapter(config, 3), tmp_path)
+    adapter = load_adapter(tmp_path, config)
+    before = {module: (site.A, site.B) for module, site in adapter.sites.items()}
+    save_adapter(random_adapter(config, 4, rank=2), tmp_path)
+    for module, (a, b) in before.items():
+        np.testing.assert_array_equal(adapter.sites[module].A, a)
+        np.testing.assert_array_equal(adapter.sites[module].B, b)
+    save_adapter(adapter, tmp_path)
+    assert load_adapter(tmp_path, config).identity == adapter.identity
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
 def test_identity(tiny_llama_dir, tmp_path, random_adapter):
     config = load_checkpoint(tiny_llama_dir).config
     adapter = random_adapter(config, 0)

@@ -130,6 +130,37 @@ def test_special_values_of_half_precision(tmp_path, tiny_llama_dir):
         np.testing.assert_array_equal(np.signbit(decoded), np.signbit(expected))
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not list what is resident")
+@pytest.mark.parametrize("use", ["dequantize", "release", "identity"])
+def test_pages_of_the_file_are_let_go(tmp_path, embedded_checkpoint, use):
+    """Decoding, releasing and naming leave next to nothing of a file in memory, and reading again finds the same."""
+    copy = tmp_path / "copy.gguf"
+    shutil.copyfile(embedded_checkpoint.path, copy)
+    checkpoint = load_checkpoint(copy)
+    tensor = checkpoint.tensors["model.embed_tokens.weight"]
+    if use == "identity":
+        assert checkpoint.identity == embedded_checkpoint.identity
+    elif use == "release":
+        before = tensor.blocks().copy()
+        assert resident_bytes(copy) >= tensor.nbytes
+        tensor.release()
+        np.testing.assert_array_equal(tensor.blocks()[:100], before[:100])
+    else:
+        np.testing.assert_array_equal(tensor.dequantize(), tensor.dequantize())
+    assert resident_bytes(copy) < tensor.nbytes / 4
+
+
+def resident_bytes(file: Path) -> int:
+    """Bytes of a mapped file that are in this process's memory."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            inside = line.endswith(str(file))
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
 def test_shards_are_put_together(make_tiny_model):
     whole, shards = make_tiny_model("qwen3", seed=5), make_tiny_model("qwen3", seed=5, max_shard_size="60KB")
     assert len(list(shards.glob("model-*-of-*.safetensors"))) > 3

@@ -95,9 +95,10 @@ class NativeModel:
 
     def _load(self, tensors: Mapping[str, StoredTensor], weights: str) -> None:
         decoder, config = self.decoder, self.config
-        decoder.set_embedding(*packed(tensors["model.embed_tokens.weight"], weights))
-        if "lm_head.weight" in tensors:
-            decoder.set_head(*packed(tensors["lm_head.weight"], weights))
+        for name, set_weight in (("model.embed_tokens", decoder.set_embedding), ("lm_head", decoder.set_head)):
+            if f"{name}.weight" in tensors:
+                set_weight(*packed(tensors[f"{name}.weight"], weights))
+                tensors[f"{name}.weight"].release()
         decoder.set_norm(0, "final", tensors["model.norm.weight"].dequantize())
         for layer in range(config.num_layers):
             prefix = f"model.layers.{layer}."
@@ -110,6 +111,7 @@ class NativeModel:
                 tensor = tensors[f"{prefix}{name}.weight"]
                 kind, rows = packed(tensor, weights)
                 decoder.set_linear(layer, site, kind, tensor.shape[0], tensor.shape[1], rows)
+                tensor.release()  # the decoder has them in panels
                 if config.has_bias(prefix + name):
                     decoder.set_bias(layer, site, tensors[f"{prefix}{name}.bias"].dequantize())
 
