@@ -24,8 +24,9 @@ class PeftDecoder:
     """A PEFT model with all adapters, own KV caches, and the usual composition in torch after it."""
 
     def __init__(
-        self, spec: ModelSpec, files: MixtureFiles, prompts: Prompts, new_tokens: int, threads: int, mixed: bool
-    ) -> None:
+        self, spec: ModelSpec, files: MixtureFiles, prompts: Prompts, new_tokens: int, threads: int, mixed: bool,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
         """mixed: one batch with an adapter for each row; otherwise one forward for each adapter."""
         pcm = spec.pcm
         assert isinstance(pcm, LearnedPCM)
@@ -34,11 +35,12 @@ class PeftDecoder:
         self._prompts, self._new_tokens, self._threads, self._mixed = prompts, new_tokens, threads, mixed
         self._names = list(spec.expert_names)
         directories = {**files.experts(len(self._names)), PCM: files.pcm}
-        self._model = peft_model(spec, directories)
+        self._device = torch.device(device)
+        self._model = peft_model(spec, directories).to(self._device)
         accepted = inspect.signature(self._model.base_model.model.forward).parameters
         self._cache_name = "cache" if "cache" in accepted else "past_key_values"  # by the release of transformers
-        self._head = torch.from_numpy(pcm.weight), torch.from_numpy(pcm.bias)
-        self._generator = torch.Generator().manual_seed(0)
+        self._head = tuple(torch.from_numpy(part).to(self._device) for part in (pcm.weight, pcm.bias))
+        self._generator = torch.Generator(self._device).manual_seed(0)
         traffic = Traffic(spec.checkpoint.config)
         rows = len(directories)
         base = (
@@ -54,12 +56,13 @@ class PeftDecoder:
         torch.set_num_threads(self._threads)
         read = self._read_mixed if self._mixed else self._read_in_turn
         caches: dict[str, DynamicCache] = {}
-        unread = torch.tensor([self._prompts.prompt(turn)])
+        unread = torch.tensor([self._prompts.prompt(turn)], device=self._device)
         times = [time.perf_counter()]
         for _ in range(self._new_tokens):
             logits, hidden = read(unread, caches)
             weights = torch.softmax(hidden @ self._head[0].T + self._head[1], dim=-1)
             unread, _ = composition(logits, weights, TOP_P, self._generator)
+            unread.tolist()  # as whoever looks for the end of a sequence does; waits for the device
             times.append(time.perf_counter())
         steps = [after - before for before, after in pairwise(times)]
         return Burst(steps[1:], steps[0])

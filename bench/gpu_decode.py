@@ -1,7 +1,5 @@
 """A token of the mixture on a device: as right as the tolerances ask, and how long it takes beside other decoders."""
 
-import time
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -57,8 +55,8 @@ class Decode:
         return rows
 
     def latencies(self) -> list[dict[str, Any]]:
-        """Milliseconds a token of one request, of every decoder in turn."""
-        tokens, slow, turns = (3, 2, 1) if self._dry else (64, 6, 5)
+        """Milliseconds a token of one request, of every decoder in turn; all but the reference on the device."""
+        tokens, slow, turns = (3, 2, 1) if self._dry else (64, 8, 5)
         threads = torch.get_num_threads()
         decoders: dict[str, Any] = {}
         for weights in LIMITS:
@@ -72,11 +70,12 @@ class Decode:
                 name = f"torch backend, {weights}, {'graphs' if graphs else 'no graphs'}"
                 decoders[name] = decoder
         decoders["reference decoder, on the CPU"] = MixtureDecoder(self._spec, self._prompts, slow, backend="reference")
-        decoders["PEFT, mixed batch, on the CPU"] = PeftDecoder(
-            self._spec, self._files, self._prompts, slow, threads, mixed=True
-        )
+        for name, mixed in (("PEFT, adapters in turn", False), ("PEFT, mixed batch", True)):
+            decoders[f"{name}, float32"] = PeftDecoder(
+                self._spec, self._files, self._prompts, slow, threads, mixed, self._device
+            )
         bursts = interleave(decoders, turns)
-        rows = [
+        return [
             {
                 "decoder": name,
                 "experts": len(self._spec.experts),
@@ -86,41 +85,6 @@ class Decode:
                 "ms to the first": median(burst.first for burst in found) * 1e3,
             }
             for name, found in bursts.items()
-        ]
-        return rows + self._on_device(slow)
-
-    def _on_device(self, tokens: int) -> list[dict[str, Any]]:
-        """The same mixture as one merged transformers model after the other, on the device: the naive decoder there."""
-        from pcm_fast.transformers_model import build_model, merge_adapter
-
-        base = build_model(self._spec.checkpoint)
-        adapters = [expert.adapter for expert in self._spec.experts if expert.adapter is not None]
-        assert len(adapters) == len(self._spec.experts)
-        models = [merge_adapter(base, adapter).to(self._device) for adapter in adapters]
-        caches: list[Any] = [None] * len(models)
-        unread = torch.tensor([self._prompts.prompt(0)], device=self._device)
-        moments = []
-        with torch.inference_mode():
-            for _ in range(tokens + 1):
-                logits = []
-                for i, model in enumerate(models):
-                    output = model(unread, past_key_values=caches[i], use_cache=True)
-                    caches[i] = output.past_key_values
-                    logits.append(output.logits[:, -1].float())
-                merged = torch.logsumexp(torch.stack([x.log_softmax(-1) for x in logits]), 0)
-                unread = merged.argmax(-1, keepdim=True)
-                unread.tolist()  # waits
-                moments.append(time.perf_counter())
-        steps = [after - before for before, after in pairwise(moments)]
-        return [
-            {
-                "decoder": "merged transformers models in turn, no PCM, greedy, on the device",
-                "experts": len(models),
-                "context": self._prompts.length,
-                "top_p": None,
-                "ms a token": median(steps) * 1e3,
-                "ms to the first": None,
-            }
         ]
 
     def _model(self, weights: str) -> MixtureModel:

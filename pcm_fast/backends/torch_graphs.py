@@ -19,7 +19,7 @@ from pcm_fast.backends.torch_step import StepBuffers, StepShape
 DRAFT = 1  # tokens that a row reads in a step
 WARM_UPS = 2  # the first compiles kernels and makes the libraries allocate, the second runs as all others will
 MAX_SHAPES = 8  # kinds of steps whose graphs are kept; beyond them those not run for the longest time go
-BUDGET_BYTES = 2 << 30  # of the graphs and buffers of one shape
+BUDGET_BYTES = 512 << 20  # of the graphs and buffers of one shape: 4 GiB for all of them
 
 MakeBuffers = Callable[[StepShape, int], StepBuffers]
 Step = Callable[[StepBuffers], None]

@@ -30,7 +30,7 @@ def test_the_dry_run_reports_everything_and_says_that_it_is_dry(tmp_path):
     assert {row["kernel"].partition(",")[0] for row in times} == {"mix_sample", "shrink and expand", "attention"}
     assert {row["weights"] for row in backend} == {"float32", "bfloat16"}
     decoders = " ".join(row["decoder"] for row in tokens)
-    assert all(name in decoders for name in ("no graphs", "reference", "PEFT, mixed batch", "merged transformers"))
+    assert all(name in decoders for name in ("no graphs", "reference", "PEFT, mixed batch", "PEFT, adapters in turn"))
     assert (tmp_path / "gpu.md").read_text(encoding="utf-8").startswith("# DRY RUN")
 
 
