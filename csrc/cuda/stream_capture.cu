@@ -23,8 +23,8 @@ class Recording {
   }
 
   ~Recording() {
-    if (!finished_)
-      cudaStreamEndCapture(stream_, &graph_);  // fails if the capture did; the stream is free all the same
+    // Fails if the capture did; the stream is free all the same.
+    if (!finished_) cudaStreamEndCapture(stream_, &graph_);
     if (graph_ != nullptr) cudaGraphDestroy(graph_);
   }
 

@@ -69,7 +69,7 @@ MUTATIONS = [
         "i < size - 1; ++i) {\n      if (sources",
     ),
     Mutation("gather_blocks", "moves from -1 are made", "if (sources[i] >= 0) visit", "if (sources[i] >= -1) visit"),
-    Mutation("gather_blocks", "batches overlap by one", "start += kThreads", "start += kThreads - 1"),
+    Mutation("gather_blocks", "a move between batches is not made", "start += kThreads", "start += kThreads + 1"),
     Mutation("gather_blocks", "off-by-one mask of the words", "place < pool.part_bytes", "place <= pool.part_bytes"),
     Mutation(
         "gather_blocks",

@@ -22,7 +22,7 @@ INCLUDES = ["-Icsrc", "-Itests/cuda"]
 SANITIZERS = {"asan": "-fsanitize=address,undefined", "tsan": "-fsanitize=thread"}
 NOUNS = ("graph_store", "kv_cache", "kv_moves", "prefix_index")
 DRIVERS = {"kv_ops.cu": "kv_ops_driver", "stream_capture.cu": "stream_capture_driver"}
-ROUNDS = "24"
+ROUNDS = "60"
 PATIENCE = 300  # seconds: threads that wait for each other forever have noticed too
 
 

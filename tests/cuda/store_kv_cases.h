@@ -53,7 +53,8 @@ struct StoreCase {
 
 StoreCase make_store_case(Random& random, const StoreShape& shape, int64_t blocks, DeviceDtype in, DeviceDtype out) {
   const int64_t size = format_of(out).bytes;
-  const int64_t gap = random.one_of({0, 0, 8, 3}), tile = int64_t{shape.block_size} * shape.head_dim;
+  const int64_t gap = random.one_of({0, 0, 8, 3}), spread = random.one_of({1, 1, 1, 2});
+  const int64_t tile = shape.block_size * shape.head_dim * spread;
   const int64_t head = tile + random.one_of({0, 0, 16, 1}), block = head * shape.heads + random.one_of({0, 0, 8, 5});
   const bool by_slot = random.chance(3);  // [head_dim][block_size], as KvStorage lays keys
   const int64_t token_stride = (shape.head_dim + gap) * shape.heads + random.one_of({0, 0, 64, 7});
@@ -61,7 +62,12 @@ StoreCase make_store_case(Random& random, const StoreShape& shape, int64_t block
   Memory news(random, (shape.tokens + 1) * token_stride * format_of(in).bytes, shift(format_of(in).bytes));
   Memory cache(random, blocks * block * size, shift(size));
   const NewHeads from{news.data(), in, token_stride, shape.head_dim + gap};
-  const LayerCache to{cache.data(), out, block, head, by_slot ? 1 : shape.head_dim, by_slot ? shape.block_size : 1};
+  const LayerCache to{cache.data(),
+                      out,
+                      block,
+                      head,
+                      by_slot ? spread : shape.head_dim * spread,
+                      by_slot ? shape.block_size * spread : spread};
   return {std::move(news), std::move(cache), from, to};
 }
 
