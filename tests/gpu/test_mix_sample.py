@@ -307,3 +307,13 @@ def test_bad_arguments(arguments, error, message):
     }  # fmt: skip
     with pytest.raises(error, match=message):
         mix_sample(**{**usual, **arguments})
+
+
+@pytest.mark.parametrize("splits", SHAPES)
+def test_shares_of_experts_are_divided_as_the_oracle_divides(splits):
+    """A quotient that is off by its last place shows in the log p of one row in some ten: here are enough rows."""
+    rng = np.random.default_rng(12)
+    logits = rng.normal(size=(48, 3, 9)).astype(np.float32)
+    weights = rng.dirichlet(np.ones(3), size=48).astype(np.float32)
+    params = [SamplingParams(seed=int(seed)) for seed in rng.integers(1 << 40, size=48)]
+    check_rows(logits, weights, params, draw(logits, weights, params, splits=splits))
