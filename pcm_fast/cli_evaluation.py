@@ -12,7 +12,7 @@ def evaluate(
     config: Annotated[
         Path | None,
         typer.Argument(
-            help="The TOML file of the training; without one, what the shipped experts were trained with.",
+            help="The TOML file of the training; without one, the package's own.",
             show_default=False,
         ),
     ] = None,

@@ -9,7 +9,7 @@ import typer
 
 ConfigArgument = Annotated[
     Path | None,
-    typer.Argument(help="A TOML file; without one, what the shipped experts were trained with.", show_default=False),
+    typer.Argument(help="A TOML file; without one, the package's own, for six dimensions.", show_default=False),
 ]
 OutOption = Annotated[
     Path, typer.Option("--out", help="Directory for what is trained; a run that was cut off goes on.")

@@ -159,7 +159,7 @@ class Config:
 
 
 def load_config(path: str | Path | None = None) -> Config:
-    """Read a configuration; None is the one that the shipped experts were trained with.
+    """Read a configuration; None is the package's own, for six dimensions.
 
     Paths in it are relative to the file. ``dimensions`` names a TOML file with a table for each dimension (see
     ``Dimension``), ``compatible`` (default: every pair) and ``joins``.
