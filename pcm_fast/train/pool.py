@@ -71,9 +71,9 @@ def draw_pool(config: Config, directory: Path, advance: Advance) -> tuple[Pool, 
     answers = [found[key] for key in keys]
     fluency = np.array([answer.fluency for answer in answers])
     plain = [i for i, style in enumerate(styles) if not style]
-    rewards = Rewards.calibrate(config, [texts[i] for i in plain], [answers[i].text for i in plain], fluency[plain])
-    scores = rewards.score(texts, [answer.text for answer in answers], fluency)
-    relevance = helpful(texts, [answer.text for answer in answers])
+    written = [answer.text for answer in answers]
+    rewards, scores = Rewards.calibrate(config, texts, written, fluency, plain)
+    relevance = helpful(texts, written)
     relevance = (relevance - relevance[plain].mean()) / relevance[plain].std()
     return Pool(prompts, ids, styles, answers, fluency, scores, relevance), rewards
 

@@ -56,16 +56,20 @@ class Rewards:
         self._fluency: Fluency | None = None
 
     @staticmethod
-    def calibrate(config: Config, prompts: Sequence[str], answers: Sequence[str], fluency: Floats) -> Rewards:
-        """Rewards on the scale of these answers of the base."""
+    def calibrate(
+        config: Config, prompts: Sequence[str], answers: Sequence[str], fluency: Floats, plain: Sequence[int]
+    ) -> tuple[Rewards, dict[str, Floats]]:
+        """Rewards on the scale of the base's own answers, which are at these places among all; and what all get."""
+        raw = {name: load_scorer(entry.reward)(prompts, answers) for name, entry in config.dimensions.items()}
         scales = {}
         for name, dimension in config.dimensions.items():
-            values = load_scorer(dimension.reward)(prompts, answers)
+            values = raw[name][list(plain)]
             spread = float(values.std())
             if not spread > 0:
                 raise ValueError(f"reward: {dimension.reward}: gives every answer of the base the same, {values[0]:g}")
             scales[name] = Scale(float(values.mean()), spread)
-        return Rewards(config, scales, float(fluency.mean()))
+        rewards = Rewards(config, scales, float(fluency[list(plain)].mean()))
+        return rewards, rewards._standardised(raw, prompts, answers, fluency)
 
     @staticmethod
     def load(config: Config, directory: str | Path) -> Rewards:
@@ -98,13 +102,16 @@ class Rewards:
             answers: an answer to each.
             fluency: what ``fluency`` gives for them, if it is known; without it, likelihood is not guarded.
         """
+        raw = {name: scorer(prompts, answers) for name, scorer in self._scorers.items()}
+        return self._standardised(raw, prompts, answers, fluency)
+
+    def _standardised(
+        self, raw: Mapping[str, Floats], prompts: Sequence[str], answers: Sequence[str], fluency: Floats | None
+    ) -> dict[str, Floats]:
         off = guard(prompts, answers)
         if fluency is not None:
             off = off + np.maximum(0.0, self.fluency_floor - fluency)
-        return {
-            name: (scorer(prompts, answers) - self.scales[name].mean) / self.scales[name].std - off
-            for name, scorer in self._scorers.items()
-        }
+        return {name: (raw[name] - scale.mean) / scale.std - off for name, scale in self.scales.items()}
 
     def fluency(self, prompts: Sequence[str], answers: Sequence[str]) -> Floats:
         """Mean log-likelihood a token under the base [N], nats."""
