@@ -83,7 +83,7 @@ def limit_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 def main() -> None:
     result = json.loads(RESULT.read_text(encoding="utf-8"))
     text = f"{table(limit_rows(result), RESULT)}\n\n{conditions(result['conditions'])}"
-    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8"), "bench", text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Writes the README's benchmark tables from bench/results/*.json, between its bench markers.
+"""Writes the README's tables: benchmarks from bench/results/*.json, the evaluation from docs/evaluation/results.json.
+
+Each goes between its markers.
 
 A result file is {"name": ..., "conditions": {...}, "rows": [{...}, ...]}; all rows have the same keys: the columns. It
 may have several tables under the same conditions: "tables": [{"name": ..., "rows": [...]}, ...] in place of rows.
@@ -13,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def tables(folder: Path) -> str:
@@ -59,13 +60,35 @@ def cell(value: Any) -> str:
     return str(value).replace("|", "\\|")
 
 
-def updated(readme: str, text: str) -> str:
-    """The README with the text between its markers."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README: expected the markers {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+def evaluation(path: Path) -> str:
+    """The PCM against every other method, from what ``pcm-fast evaluate`` wrote."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    rates, names = result["win_rates"], result["win_rates"]["methods"]
+    rows = []
+    for column, method in enumerate(result["methods"]):
+        value, low, high = (100 * rates[end][names.index("pcm")][column] for end in ("value", "low", "high"))
+        own = method["name"] == "pcm"
+        rows.append(
+            {
+                "method": method["label"],
+                "the PCM wins against it, %": "" if own else f"{value:.1f} ({low:.1f} to {high:.1f})",
+                "composite reward": method["composite"]["value"],
+                "change of fluency (nats a token)": method["fluency_change"]["value"],
+                "tokens of an answer": method["tokens"]["value"],
+                "tokens/s": method["tokens_per_second"],
+            }
+        )
+    return f"{table(rows, path)}\n\n{conditions(result['conditions'])}"
+
+
+def updated(readme: str, section: str, text: str) -> str:
+    """The README with the text between the markers of a section."""
+    begin, end = f"<!-- {section}:begin -->", f"<!-- {section}:end -->"
+    before, found, rest = readme.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"README: expected the markers {begin} and {end}")
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def main() -> None:
@@ -73,12 +96,14 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--evaluation", type=Path, default=ROOT / "docs" / "evaluation" / "results.json")
     arguments = parser.parse_args()
     old = arguments.readme.read_text(encoding="utf-8")
-    new = updated(old, tables(arguments.results))
+    new = updated(old, "bench", tables(arguments.results))
+    new = updated(new, "evaluation", evaluation(arguments.evaluation))
     if arguments.check and new != old:
         sys.exit(
-            f"{arguments.readme.name}: its benchmark tables are not those of {arguments.results.name}; run make bench"
+            f"{arguments.readme.name}: its tables are not those of the results; run {Path(__file__).name} on its own"
         )
     arguments.readme.write_text(new, encoding="utf-8")
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pcm_fast import cli_evaluation, cli_training
 from pcm_fast._version import __version__
-from pcm_fast.presets import prompted_experts
+from pcm_fast.presets import TRAINED_BASE, prompted_experts, trained_experts, trained_pcm
 
 if TYPE_CHECKING:
     from pcm_fast.model import MixtureModel
     from pcm_fast.preference import Preference
 
-DEFAULT_BASE = "smollm2-135m-instruct"
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 app = typer.Typer(
@@ -36,16 +35,18 @@ ExpertOption = Annotated[
         "--expert",
         metavar="NAME[=SPEC]",
         help="An expert; give it again for more. SPEC is the path of an adapter or model, 'system:TEXT' for the base "
-        "under a system prompt, or nothing after '=' for the base as it is. NAME alone is one of the prompted experts "
-        "concise, friendly, humorous, elementary, which are also the default.",
+        "under a system prompt, or nothing after '=' for the base as it is. NAME alone is one of the trained experts "
+        "helpful, concise, informative, friendly, humorous, elementary; with another base, one of the prompted experts "
+        "concise, friendly, humorous, elementary. The default is all of these.",
     ),
 ]
 PCMOption = Annotated[
     str | None,
     typer.Option(
         "--pcm",
-        help="What turns the preference into weights: 'uniform', fixed weights as name=weight,..., or the directory of "
-        "a learned PCM. Default: the names and strengths in the preference.",
+        help="What turns the preference into weights: 'named' (names and strengths in it), 'uniform', fixed weights as "
+        "name=weight,..., or the directory of a learned PCM. Default: the trained PCM where all experts are trained "
+        "ones, otherwise 'named'.",
     ),
 ]
 PreferenceOption = Annotated[
@@ -87,7 +88,7 @@ def options(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; '-' or nothing reads it from standard input.")] = "-",
-    base: BaseOption = DEFAULT_BASE,
+    base: BaseOption = TRAINED_BASE,
     expert: ExpertOption = None,
     pcm: PCMOption = None,
     preference: PreferenceOption = None,
@@ -130,7 +131,7 @@ def generate(
 
 @app.command()
 def chat(
-    base: BaseOption = DEFAULT_BASE,
+    base: BaseOption = TRAINED_BASE,
     expert: ExpertOption = None,
     pcm: PCMOption = None,
     preference: PreferenceOption = None,
@@ -175,7 +176,7 @@ def demo(
     from pcm_fast.commands.demo import run_demo
 
     with terminal.errors():
-        model = load(DEFAULT_BASE, None, None, backend, weights, threads)
+        model = load(TRAINED_BASE, None, None, backend, weights, threads)
         drawing = drawing_options("linear", max_new_tokens, 0.5, 0, 0.9, 0.0, 1.15, False, seed)
         run_demo(model, terminal.output(), drawing)
 
@@ -204,7 +205,9 @@ def load(
     from pcm_fast.commands.terminal import load_model
 
     weighing = name_number_pairs("--pcm", pcm) if pcm and "=" in pcm else pcm
-    return load_model(base, read_experts(expert or []), weighing, backend, weights, threads)
+    if weighing is None and base == TRAINED_BASE and all("=" not in value for value in expert or []):
+        weighing = str(trained_pcm())
+    return load_model(base, read_experts(expert or [], base), weighing, backend, weights, threads)
 
 
 def read_prompt(prompt: str) -> str:
@@ -218,17 +221,18 @@ def read_prompt(prompt: str) -> str:
     return prompt
 
 
-def read_experts(values: list[str]) -> dict[str, Any]:
-    """Experts for ``from_pretrained`` from ``NAME`` and ``NAME=SPEC``; all prompted experts if there are none."""
+def read_experts(values: list[str], base: str) -> dict[str, Any]:
+    """Experts for ``from_pretrained`` from ``NAME`` and ``NAME=SPEC``; all ready-made ones if there are none."""
+    ready_made: Callable[..., dict[str, Any]] = trained_experts if base == TRAINED_BASE else prompted_experts
     if not values:
-        return prompted_experts()
+        return ready_made()
     experts: dict[str, Any] = {}
     for value in values:
         name, equals, spec = value.partition("=")
         if name in experts:
             raise ValueError(f"--expert: expected each name once, got {name!r} twice")
         if not equals:
-            experts |= prompted_experts(name)
+            experts |= ready_made(name)
         elif spec.startswith("system:"):
             experts[name] = {"system": spec.removeprefix("system:").strip()}
         else:

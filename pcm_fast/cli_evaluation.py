@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from pcm_fast.presets import TRAINED
+
 
 def evaluate(
     config: Annotated[
@@ -17,8 +19,13 @@ def evaluate(
         ),
     ] = None,
     artefacts: Annotated[
-        Path, typer.Option("--artefacts", help="Directory that train-experts and train-pcm wrote.")
-    ] = Path("experts-out"),
+        Path,
+        typer.Option(
+            "--artefacts",
+            help="Directory that train-experts and train-pcm wrote. Default: what comes with the package.",
+            show_default=False,
+        ),
+    ] = TRAINED,
     out: Annotated[
         Path, typer.Option("--out", help="Directory for answers and report; a run that was cut off goes on.")
     ] = Path("evaluation"),

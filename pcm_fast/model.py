@@ -108,8 +108,8 @@ class MixtureModel:
             experts: by name, a PEFT adapter directory or a full model with the base's vocabulary (a path), the base
                 itself (None), or a mapping with "adapter" or "model" and "system", a system prompt of its own. None:
                 the base alone.
-            pcm: how weights come from a preference. None: by the names and strengths in it. "uniform"; a mapping from
-                expert to weight; a function of a ``PCMContext``; the directory of a learned PCM.
+            pcm: how weights come from a preference. None or "named": by the names and strengths in it. "uniform"; a
+                mapping from expert to weight; a function of a ``PCMContext``; the directory of a learned PCM.
             backend: "auto", "reference", "native" or "torch".
             weights: "auto" keeps the checkpoint's own precision; "float32", "bfloat16", "q8_0", "gguf".
             num_threads: threads to compute on; None leaves it to the backend.

@@ -5,7 +5,7 @@ There are five kinds, and no more structure to them than this:
 =============  ======================================  ==================================================
 kind           ``from_pretrained(..., pcm=...)``       weights over the active experts
 =============  ======================================  ==================================================
-NamedPCM       nothing                                 from the names and strengths in the preference
+NamedPCM       nothing, or ``"named"``                 from the names and strengths in the preference
 UniformPCM     ``"uniform"``                           the same for all
 FixedPCM       ``{"concise": 0.7, "friendly": 0.3}``   the mapping
 CallablePCM    a function of a PCMContext              whatever it answers, asked at every token
@@ -33,6 +33,8 @@ from pcm_fast.sampling import MergeRule
 
 Float32 = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int64]
+
+NO_PREFERENCE = "no particular preference"  # what a learned PCM reads where there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +130,8 @@ class LearnedPCM:
         return replace(self, experts=tuple(expert_names), weight=self.weight[rows], bias=self.bias[rows])
 
     def system_turn(self, preference: ResolvedPreference) -> str:
-        """The template with the preference filled in; "no particular preference" where there is none."""
-        return self.template.replace("{preference}", preference.text or "no particular preference")
+        """The template with the preference filled in, or ``NO_PREFERENCE`` where there is none."""
+        return self.template.replace("{preference}", preference.text or NO_PREFERENCE)
 
     def weights(self, hidden: Float32, active: Sequence[int]) -> Float32:
         """Mixture weights [..., K] for hidden states [..., d]: exactly 0 outside active, which sums to 1."""
@@ -202,12 +204,12 @@ def called_weights(pcm: CallablePCM, context: PCMContext, rule: MergeRule) -> Fl
 
 
 def load_pcm(source: Any, expert_names: Sequence[str], base: Checkpoint) -> PCM:
-    """A PCM from what ``from_pretrained(pcm=...)`` takes: None, "uniform", a mapping, a callable, a directory or a PCM.
+    """A PCM from what ``from_pretrained(pcm=...)`` takes: a name, a mapping, a callable, a directory, a PCM or None.
 
     Raises:
         TypeError, ValueError: it is none of these, or does not fit the experts or the base.
     """
-    if source is None:
+    if source is None or (isinstance(source, str) and source == "named"):
         return NamedPCM()
     if isinstance(source, LearnedPCM):
         return source.for_experts(expert_names)
@@ -226,7 +228,8 @@ def load_pcm(source: Any, expert_names: Sequence[str], base: Checkpoint) -> PCM:
     if callable(source):
         return CallablePCM(source)
     raise TypeError(
-        f"pcm: expected None, 'uniform', a mapping from expert to weight, a callable or a directory, got {source!r}"
+        f"pcm: expected None, 'named', 'uniform', a mapping from expert to weight, a callable or a directory, "
+        f"got {source!r}"
     )
 
 

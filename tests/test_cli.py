@@ -61,6 +61,8 @@ def test_generate_is_plain_text_when_not_on_a_terminal_and_reproducible():
         "Tell me about dogs.",
         "-p",
         "concise=1,friendly=0.5",
+        "--pcm",
+        "named",
         "-n",
         "6",
         "--seed",
@@ -93,7 +95,11 @@ def test_chat_answers_and_leaves():
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["generate", "x", "-p", "gloomy", "-n", "1"], 1, "preference: 'gloomy' names none of the active experts"),
+        (
+            ["generate", "x", "-p", "gloomy", "--pcm", "named", "-n", "1"],
+            1,
+            "preference: 'gloomy' names none of the active experts",
+        ),
         (["generate", "x", "-p", "gloomy=1", "-n", "1"], 1, "gloomy"),
         (["generate", "x", "--base", "nowhere.gguf"], 1, "nowhere.gguf: expected"),
         (["generate", "x", "--merge", "mean", "-p", "concise", "-n", "1"], 1, "merge: expected 'linear'"),

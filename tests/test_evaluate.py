@@ -65,7 +65,7 @@ def spaces(prompts, answers):
 DIMENSION_NAMES = ("short", "vowels", "spaces")
 EVERY_METHOD = [
     *("base", "prompting", "soup", "uniform", "fixed", "mod", "expert-short", "expert-vowels", "expert-spaces"),
-    *("pcm", "pcm-named", "pcm-log", "pcm-per-prompt", "pcm-no-bt"),
+    *("pcm", "pcm-free-text", "pcm-log", "pcm-per-prompt", "pcm-no-bt"),
 ]
 
 
@@ -166,18 +166,21 @@ def test_the_numbers_are_those_of_the_answers(evaluated, setup):
 
 def test_weights_of_the_pcm(evaluated, setup):
     weights = evaluated["weights"]
-    assert set(weights) == {"pcm", "pcm-named", "pcm-log", "pcm-per-prompt", "pcm-no-bt"}
+    assert set(weights) == {"pcm", "pcm-free-text", "pcm-log", "pcm-per-prompt", "pcm-no-bt"}
     for preference, means in weights["pcm"]["overall"].items():
         assert sum(means.values()) == pytest.approx(1, abs=1e-3)
-        assert weights["pcm-named"]["overall"][preference].keys() == means.keys()
-    assert weights["pcm-named"]["overall"]["short+vowels"]["spaces"] == 0
+        assert weights["pcm-free-text"]["overall"][preference].keys() == means.keys()
+    assert weights["pcm"]["overall"]["short+vowels"]["spaces"] == 0
+    assert weights["pcm-free-text"]["overall"]["short+vowels"]["spaces"] > 0
     for answer in drawn(setup / "out/answers/pcm-per-prompt.jsonl"):
         assert len({tuple(w) for w in answer["weights"]}) == 1
     assert any(len({tuple(w) for w in a["weights"]}) > 1 for a in drawn(setup / "out/answers/pcm.jsonl"))
 
 
-def test_the_pcm_reads_held_out_words(setup, evaluated):
+def test_what_the_pcm_reads(setup, evaluated):
     for answer in drawn(setup / "out/answers/pcm.jsonl"):
+        assert sorted(re.split(", | and ", answer["wording"])) == sorted(answer["preference"].split("+"))
+    for answer in drawn(setup / "out/answers/pcm-free-text.jsonl"):
         assert "aeiou" in answer["wording"]
         assert ("keep it short" in answer["wording"]) + ("say little" in answer["wording"]) == (
             "short" in answer["preference"]
@@ -333,7 +336,7 @@ def test_what_artefacts_lack(setup, config, tmp_path):
         Mixtures(config, tmp_path)
     shutil.copytree(setup / "artefacts" / "experts", tmp_path / "experts", dirs_exist_ok=True)
     missing = all_methods(Mixtures(config, tmp_path), None)[1]
-    assert list(missing) == ["pcm", "pcm-named", "pcm-log", "pcm-per-prompt", "fixed", "pcm-no-bt"]
+    assert list(missing) == ["pcm", "pcm-free-text", "pcm-log", "pcm-per-prompt", "fixed", "pcm-no-bt"]
     (tmp_path / "fixed_weights.json").write_text("[]")
     with pytest.raises(ValueError, match=r"fixed_weights\.json: expected"):
         all_methods(Mixtures(config, tmp_path), None)

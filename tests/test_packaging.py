@@ -22,6 +22,9 @@ print(pathlib.Path(pcm_fast._native.__file__).parent)
 assert pcm_fast.__version__ and pcm_fast.kernels.__version__ == "0"
 found = importlib.util.find_spec("kernels")
 assert found is None or not pathlib.Path(found.origin).samefile(pcm_fast.kernels.__file__), found
+from pcm_fast.presets import trained_experts, trained_pcm
+for directory in (*trained_experts().values(), trained_pcm()):
+    assert (directory / "adapter_model.safetensors").is_file(), directory
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
 

@@ -366,7 +366,7 @@ def test_load_pcm_takes_every_form(tmp_path, bases):
         (
             3,
             TypeError,
-            "pcm: expected None, 'uniform', a mapping from expert to weight, a callable or a directory, got 3",
+            "pcm: expected None, 'named', 'uniform', a mapping from expert to weight, a callable or a directory, got 3",
         ),
         ({}, ValueError, "pcm: expected at least one of the experts"),
         ({"rude": 1}, ValueError, r"pcm: expected names of experts \('concise', .*\), got 'rude'"),

@@ -5,6 +5,7 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +17,14 @@ from pcm_fast import MixtureModel
 from pcm_fast.cli import app
 from pcm_fast.loader import load_checkpoint
 from pcm_fast.pcm import FixedPCM
-from pcm_fast.train.config import load_config
+from pcm_fast.train.answers import Answer
+from pcm_fast.train.config import ExpertConfig, load_config
+from pcm_fast.train.fixed_weights import gains
+from pcm_fast.train.pairs import choose_pairs
 from pcm_fast.train.policy import Policy, mixture_log_likelihood
+from pcm_fast.train.pool import Pool
 from pcm_fast.train.preferences import composites, state
-from pcm_fast.train.prompts import load_prompts
+from pcm_fast.train.prompts import Prompt, load_prompts
 from pcm_fast.train.rebel import Duel, rebel_loss, update
 from pcm_fast.train.rollouts import Wish, draw_rollouts
 
@@ -243,6 +248,37 @@ def test_stated_preferences():
         assert math.isclose(sum(stated.shares.values()), 1)
         held = state(config, names, chance, held_out=True)
         assert any(word in held.text for word in config.dimensions[names[0]].held_out)
+    nothing = state(config, (), chance)
+    assert set(nothing.strengths) == set(config.dimensions)
+    texts = [state(config, ("concise",), chance).text for _ in range(300)]
+    denied = [text for text in texts if "not " in text and text.split("not ")[-1].rstrip(".") in config.dimensions]
+    assert 5 < len(denied) < 100
+    assert not any(text.rstrip(".").endswith("not concise") for text in texts)
+
+
+def test_better_and_worse_answers():
+    """Six answers to one prompt: two of them plain, one cut short on purpose, one that is babble."""
+    scores = np.array([0.0, -1.0, 3.0, 2.0, -3.0, -4.0])
+    pool = Pool(
+        prompts={"p": Prompt("p", "t", "why?")},
+        prompt_ids=["p"] * 6,
+        styles=["", "", "warm", "warm", "brief", "warm"],
+        answers=[Answer(str(i), str(i), [i], True, -1.0, -0.1) for i in range(6)],
+        fluency=np.array([-1.0, -1.0, -1.0, -1.0, -1.0, -9.0]),
+        rewards={"warm": scores},
+        relevance=np.array([0.0, 0.0, -3.0, 0.0, 0.0, 0.0]),
+        shortened=frozenset({"brief"}),
+    )
+    rewards = SimpleNamespace(fluency_floor=-1.5)
+
+    def pair(**settings):
+        found = choose_pairs(pool, rewards, "warm", ExpertConfig(**settings))[0]
+        return int(found.chosen.text), int(found.rejected.text)
+
+    assert pair(relevance=0.0) == (2, 1)
+    assert pair(relevance=1.0) == (3, 1), "what is off the subject is not chosen"
+    assert pair(relevance=1.0, rejected="any") == (3, 5)
+    assert pair(relevance=1.0, rejected="plain") == (3, 1)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +289,8 @@ def test_stated_preferences():
         ("[pcm]\nkind = 'both'", "pcm.kind: expected 'shared' or 'separate', got 'both'"),
         ("[pcm]\nkind = 'separate'", "pcm.model: expected the directory"),
         ("[experts]\nrank = 1.5", "experts.rank: expected int, got 1.5"),
+        ("[experts]\nrejected = 'all'", "experts.rejected: expected 'alike', 'any' or 'plain', got 'all'"),
+        ("activations = 'int4'", "activations: expected 'float32' or 'int8', got 'int4'"),
         ("[evaluate]\npreferences = [['tall']]", "expected names of dimensions, got 'tall'"),
     ],
 )
@@ -262,3 +300,15 @@ def test_bad_configurations(text, message, tmp_path):
     with pytest.raises(ValueError, match=r"c\.toml") as raised:
         load_config(tmp_path / "c.toml")
     assert message in str(raised.value)
+
+
+def test_gains_are_read_off_fixed_weights():
+    loud = {"a": 4.0, "b": 1.0, "c": 0.5}
+    known = {}
+    for names in (("a", "b"), ("b", "c"), ("a", "b", "c")):
+        total = sum(loud[name] for name in names)
+        known["+".join(names)] = {name: loud[name] / total for name in names}
+    found = gains(known, ["a", "b", "c", "d"])
+    assert np.allclose(found[:3] - found[1], np.log(list(loud.values())), atol=1e-6)
+    assert abs(found[3]) < 1e-6, "nothing is known of it"
+    assert not gains({}, ["a"]).any()

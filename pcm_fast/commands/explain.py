@@ -22,6 +22,7 @@ Float32 = npt.NDArray[np.float32]
 
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta", "bright_yellow")
 EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")
+HEIGHTS = " ▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,22 @@ class Explanation:
             table.add_row(name, f"{weight:.2f}", f"{share:.2f}", length, lead)
         return table
 
+    def weights_by_position(self, first: int = 64) -> Table:
+        """A line per expert that took part: its weight at each of the first tokens, as a column of that height."""
+        table = Table(box=None, pad_edge=False, show_edge=False, show_header=False)
+        table.add_column("expert", no_wrap=True)
+        table.add_column("weights", no_wrap=True)
+        for i in self.active:
+            heights = np.rint(self.weights[:first, i] * (len(HEIGHTS) - 1)).astype(int)
+            table.add_row(Text(self.names[i], colour(i)), Text("".join(HEIGHTS[h] for h in heights), colour(i)))
+        return table
+
     def by_token(self, first: int | None = None, plain: bool = False) -> Table:
         """A line per token: text, probability, every active expert's weight and share, and the shares as a bar.
 
         Args:
             first: so many tokens only.
-            plain: draw the bar with the experts' initials in place of colours.
+            plain: draw the bar with a letter of each expert's name in place of colours.
         """
         headings = [Text(self.names[i], colour(i)) for i in self.active]
         table = _table("token", "p", *headings, "shares")
@@ -130,7 +141,7 @@ class Explanation:
         ends = np.rint(np.cumsum(np.clip(self.shares[token], 0, 1)) * width).astype(int)
         text = Text()
         for i, count in enumerate(np.diff(ends, prepend=0)):
-            text.append((self.names[i][0] if plain else "█") * int(count), colour(i))
+            text.append((letters(self.names)[i] if plain else "█") * int(count), colour(i))
         return text
 
 
@@ -149,6 +160,14 @@ def token_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> list[str]:
     if pieces:
         streamer.end()
     return pieces
+
+
+def letters(names: Sequence[str]) -> list[str]:
+    """A letter for each name: the first in it that no earlier name has, or "?"."""
+    found: list[str] = []
+    for name in names:
+        found.append(next((letter for letter in name if letter not in found), "?"))
+    return found
 
 
 def colour(expert: int) -> str:

@@ -12,6 +12,7 @@ from pcm_fast import ops
 from pcm_fast._version import __version__
 from pcm_fast.commands import terminal
 from pcm_fast.loader import load_checkpoint
+from pcm_fast.presets import TRAINED_BASE, TRAINED_EXPERTS
 
 
 def print_info(base: str | None) -> None:
@@ -23,6 +24,7 @@ def print_info(base: str | None) -> None:
     lines["cores"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     lines |= {f"kernels: {name}": state for name, state in ops.backends().items()}
     lines["kernels in use"] = ops.backend()
+    lines["trained experts"] = f"{', '.join(TRAINED_EXPERTS)}; for {TRAINED_BASE}"
     if base is not None:
         lines |= _model_lines(base)
     width = max(map(len, lines)) + 2

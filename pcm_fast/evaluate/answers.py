@@ -20,6 +20,7 @@ from pcm_fast.evaluate.mixtures import identity
 from pcm_fast.generation import GenerateOutput
 from pcm_fast.model import MixtureModel
 from pcm_fast.pcm import LearnedPCM
+from pcm_fast.preference import in_words
 from pcm_fast.spec import ModelSpec
 from pcm_fast.train.config import Config
 from pcm_fast.train.drawing import answer_tokens, draw
@@ -105,6 +106,7 @@ def collect_answers(
             key: identity(specs[key], used_experts(method, specs[key], group)) for key, group in groups.items()
         },
         "seed": config.seed,
+        "activations": config.activations,
         "max_new_tokens": evaluate.max_new_tokens,
         "temperature": evaluate.temperature,
         "top_p": evaluate.top_p,
@@ -124,7 +126,7 @@ def collect_answers(
             if not missing:
                 continue
             spec = specs[preference]
-            model = MixtureModel(spec, backend="native", num_threads=num_threads)
+            model = MixtureModel(spec, backend="native", num_threads=num_threads, activations=config.activations)
             _draw_into(log, model, method, missing, config, advance)
     learned = [spec for spec in specs.values() if isinstance(spec.pcm, LearnedPCM)]
     drawn = [record["drawn"] for record in log.records if "drawn" in record]
@@ -200,10 +202,12 @@ def read_answer(
 ) -> Answer:
     """An answer as it is kept."""
     tokens = answer_tokens(output)
+    preference = method.request(question).preference
+    words = in_words(preference) if isinstance(preference, Mapping) else preference or ""
     learned = isinstance(model.spec.pcm, LearnedPCM)
     return Answer(
         *question.key,
-        wording=question.wording if learned else "",
+        wording=words if learned else "",
         text=model.tokenizer.decode(tokens).strip(),
         tokens=len(tokens),
         finished=finished,

@@ -106,7 +106,7 @@ def all_methods(mixtures: Mixtures, without_bt: Path | None) -> tuple[list[Metho
                 about="A PCM trained on plain rewards in place of the probability of beating the base.",
                 kind="ablation",
                 mixture=lambda _: mixtures.learned(directory),
-                request=_learned,
+                request=_alike,
             )
         )
     return [method for method in methods if method.name not in missing], missing
@@ -146,7 +146,7 @@ def _baselines(mixtures: Mixtures) -> list[Method]:
             about="The distributions of the experts of the stated dimensions, in equal parts.",
             kind="baseline",
             mixture=lambda _: mixtures.plain(),
-            request=_uniform,
+            request=_alike,
         ),
         Method(
             name="fixed",
@@ -162,7 +162,7 @@ def _baselines(mixtures: Mixtures) -> list[Method]:
             about="The experts of the stated dimensions in equal parts, in log space (multi-objective decoding).",
             kind="baseline",
             mixture=lambda _: mixtures.plain(),
-            request=partial(_uniform, merge="log_linear"),
+            request=partial(_alike, merge="log_linear"),
         ),
     ]
 
@@ -187,18 +187,18 @@ def _pcm_methods(config: Config, mixture: Callable[[Preference], ModelSpec]) -> 
         Method(
             name="pcm",
             label="PCM",
-            about="All experts under the trained PCM, which reads the preference in wordings it was not trained on.",
+            about="The experts of the stated dimensions under the trained PCM, which is told the dimensions by name.",
             kind="pcm",
             mixture=mixture,
-            request=_learned,
+            request=_alike,
         ),
         Method(
-            name="pcm-named",
-            label="PCM, named experts",
-            about="The PCM restricted to the experts of the stated dimensions.",
+            name="pcm-free-text",
+            label="PCM, free text",
+            about="All experts under the PCM, which has to find out from wordings it was not trained on what is meant.",
             kind="ablation",
             mixture=mixture,
-            request=lambda question: _learned(question, question.preference),
+            request=lambda question: Request(user(question), question.wording),
         ),
         Method(
             name="pcm-log",
@@ -206,7 +206,7 @@ def _pcm_methods(config: Config, mixture: Callable[[Preference], ModelSpec]) -> 
             about="The PCM's weights, but the experts are merged in log space.",
             kind="ablation",
             mixture=mixture,
-            request=partial(_learned, merge="log_linear"),
+            request=partial(_alike, merge="log_linear"),
         ),
         Method(
             name="pcm-per-prompt",
@@ -214,7 +214,7 @@ def _pcm_methods(config: Config, mixture: Callable[[Preference], ModelSpec]) -> 
             about="The PCM's weights for the first token, kept for the whole answer.",
             kind="ablation",
             mixture=mixture,
-            request=partial(_learned, pcm_interval=config.evaluate.max_new_tokens),
+            request=partial(_alike, pcm_interval=config.evaluate.max_new_tokens),
         ),
     ]
 
@@ -228,16 +228,13 @@ def _weighed(weights: Mapping[str, float], question: Question) -> Request:
     return Request(user(question), weights)
 
 
-def _uniform(question: Question, **options: Any) -> Request:
-    return Request(user(question), dict.fromkeys(question.preference, 1.0), options=options)
-
-
 def _fixed(mixtures: Mixtures, question: Question) -> Request:
     return Request(user(question), mixtures.fixed_weights[frozenset(question.preference)])
 
 
-def _learned(question: Question, active: Preference | None = None, **options: Any) -> Request:
-    return Request(user(question), question.wording, active, options)
+def _alike(question: Question, **options: Any) -> Request:
+    """The stated dimensions by name, none of them more than another."""
+    return Request(user(question), dict.fromkeys(question.preference, 1.0), options=options)
 
 
 def choose_methods(methods: Sequence[Method], missing: Mapping[str, str], patterns: Sequence[str]) -> list[Method]:

@@ -115,7 +115,7 @@ def reward_radar(summary: Mapping[str, Any]) -> Figure:
 
 def mean_weights(summary: Mapping[str, Any]) -> Figure:
     """How the PCM shares out its weight under each preference; the stated dimensions are outlined."""
-    weights = summary["weights"]["pcm"]
+    weights = summary["weights"].get("pcm-free-text", summary["weights"]["pcm"])
     experts, preferences = weights["experts"], summary["preferences"]
     table = np.array([[weights["overall"]["+".join(p)][name] for name in experts] for p in preferences])
     figure = Figure(figsize=(1.8 + 0.85 * len(experts), 1.0 + 0.42 * len(preferences)))

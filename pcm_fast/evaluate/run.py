@@ -82,6 +82,7 @@ def evaluate(
         "rewards": json.loads((artefacts / FILE).read_text(encoding="utf-8")),
         "scorers": {name: Path(dimension.reward).name for name, dimension in config.dimensions.items()},
         "fluency_margin": config.fluency_margin,
+        "activations": config.activations,
     }
     results: dict[str, Result] = {}
     for method in chosen:
@@ -130,6 +131,7 @@ def conditions(config: Config, num_prompts: int, num_threads: int | None) -> dic
         "prompts": num_prompts,
         "prompts file": evaluate.prompts.name,
         "seed": config.seed,
+        "activations": config.activations,
         "max_new_tokens": evaluate.max_new_tokens,
         "temperature": evaluate.temperature,
         "top_p": evaluate.top_p,

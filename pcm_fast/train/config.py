@@ -21,7 +21,6 @@ class AnswerConfig:
         styled: answers to each prompt for each dimension, under one of its styles in turn.
         max_new_tokens, temperature, top_p: how they are drawn.
         max_batch: sequences that run at once.
-        activations: "float32", or "int8" for a base in blocks: faster, and close enough to learn from.
     """
 
     prompts: int = 0
@@ -31,7 +30,6 @@ class AnswerConfig:
     temperature: float = 1.0
     top_p: float = 0.95
     max_batch: int = 48
-    activations: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -42,16 +40,22 @@ class ExpertConfig:
         rank, alpha: of the adapter.
         modules: the sites it acts on.
         pairs: prompts to learn from at most, those with the greatest difference of reward first.
+        rejected: the worse answer is the worst of "any" that were drawn in full; of those of them that are as fluent
+            and as near to the prompt as the better one has to be ("alike"), so that nothing but the reward sets the two
+            apart; or of the base's own ("plain").
         relevance: what a chosen answer loses for every standard deviation by which it is further from the prompt, by
             MiniLM, than the base's answers are.
         learning_rate, beta, epochs, batch_size, warmup: of the optimiser and the loss.
-        sft_weight: weight of the chosen answer's own likelihood in the loss, which keeps answers fluent.
+        sft_weight: weight of the chosen answer's own likelihood in the loss.
+        scale: what the trained update is multiplied by at the end; below 1, some of the reward is given up for answers
+            that stay more fluent and nearer to the question.
     """
 
     rank: int = 8
     alpha: int = 16
     modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     pairs: int = 200
+    rejected: str = "alike"
     relevance: float = 0.5
     learning_rate: float = 2e-4
     beta: float = 0.1
@@ -59,6 +63,7 @@ class ExpertConfig:
     batch_size: int = 4
     warmup: float = 0.1
     sft_weight: float = 0.2
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,8 @@ class PCMConfig:
         warm_start, warm_start_batch: steps, and answers in each, of learning what preferences name, before REBEL.
         iterations: rounds of rollouts and updates.
         prompts: prompts with a preference each in every round; two answers are drawn for each.
+        others: experts beside those that the preference names that take part in an answer, drawn at random; the PCM has
+            to learn not to listen to them.
         batch_size: pairs in an update.
         epochs: passes over the pairs of a round.
         learning_rate, head_learning_rate: of the adapter (or model) and of the head.
@@ -93,6 +100,7 @@ class PCMConfig:
     warm_start_batch: int = 16
     iterations: int = 20
     prompts: int = 32
+    others: int = 1
     batch_size: int = 8
     epochs: int = 2
     learning_rate: float = 3e-4
@@ -138,6 +146,7 @@ class Config:
         compatible: pairs of dimensions that are asked for together.
         joins: sentences around a preference, with "{}".
         seed: of everything that is drawn.
+        activations: "float32", or "int8" for a base in blocks, as ``MixtureModel`` takes it: faster, and less exact.
         fluency_margin: nats a token by which an answer may be less likely under the base than the base's own are on
             average; what is further off is not chosen to learn from, and loses reward.
         answers, pcm, evaluate: see there.
@@ -151,6 +160,7 @@ class Config:
     compatible: tuple[tuple[str, str], ...]
     joins: tuple[str, ...]
     seed: int = 0
+    activations: str = "float32"
     fluency_margin: float = 0.5
     experts: Mapping[str, ExpertConfig] = field(default_factory=dict)
     answers: AnswerConfig = field(default_factory=AnswerConfig)
@@ -177,6 +187,9 @@ def load_config(path: str | Path | None = None) -> Config:
     if (here / base).exists():
         base = str(here / base)
     seed = take(path, table, "seed", int, 0)
+    activations = take(path, table, "activations", str, "float32")
+    if activations not in ("float32", "int8"):
+        raise ValueError(f"{path}: activations: expected 'float32' or 'int8', got {activations!r}")
     margin = float(take(path, table, "fluency_margin", (int, float), 0.5))
     evaluate = table.pop("evaluate", {})
     if isinstance(evaluate, dict) and "prompts" in evaluate:
@@ -189,6 +202,7 @@ def load_config(path: str | Path | None = None) -> Config:
         compatible=compatible,
         joins=joins,
         seed=seed,
+        activations=activations,
         fluency_margin=margin,
         answers=section(path, "answers", AnswerConfig, table.pop("answers", {})),
         experts=_experts(path, table.pop("experts", {}), dimensions),
@@ -214,4 +228,8 @@ def _experts(path: Path, table: Any, dimensions: Mapping[str, Dimension]) -> dic
     for name in dimensions:
         values = {**asdict(common), "modules": list(common.modules), **own.get(name, {})}
         experts[name] = section(path, f"experts.{name}", ExpertConfig, values)
+        if experts[name].rejected not in ("alike", "any", "plain"):
+            raise ValueError(
+                f"{path}: experts.rejected: expected 'alike', 'any' or 'plain', got {experts[name].rejected!r}"
+            )
     return experts

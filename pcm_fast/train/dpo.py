@@ -95,7 +95,11 @@ def train_adapter(
     trainer.train(resume_from_checkpoint=resumed or None)
     trainer.model.save_pretrained(str(output))
     weights = output / "adapter_model.safetensors"
-    save_file({name: value.bfloat16() for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    factors = {
+        name: (value * config.scale if "lora_B" in name else value).bfloat16()
+        for name, value in load_file(weights).items()
+    }
+    save_file(factors, weights, {"format": "pt"})
     for leftover in output.glob("README.md"):
         leftover.unlink()
     return list(trainer.state.log_history)

@@ -80,7 +80,7 @@ A LoRA adapter (rank {expert.rank}, on {", ".join(expert.modules)}) that moves t
 Trained by pcm-fast {__version__} with `pcm-fast train-experts`: direct preference optimisation on {len(pairs)} pairs of
 answers that the base itself gave to our own prompts (CC0), plainly or under a system prompt (beta {expert.beta:g},
 {expert.epochs:g} passes, learning rate {expert.learning_rate:g}, {expert.sft_weight:g} on the likelihood of the
-chosen answers).
+chosen answers; the update times {expert.scale:g}).
 In each pair the chosen answer scores higher on {name}: by {gap:.1f} standard deviations of the base's answers, on
 average.
 

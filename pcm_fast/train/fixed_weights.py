@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pcm_fast.model import MixtureModel
 from pcm_fast.pcm import FixedPCM
@@ -38,7 +41,7 @@ def find_fixed_weights(
     """
     path = directory / FILE
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    base = MixtureModel.from_pretrained(config.base, dict(experts), "uniform")
+    base = MixtureModel.from_pretrained(config.base, dict(experts), "uniform", activations=config.activations)
     for names in config.evaluate.preferences:
         key = "+".join(names)
         if key not in known:
@@ -46,6 +49,24 @@ def find_fixed_weights(
             path.write_text(json.dumps(known, indent=1) + "\n")
         advance(1)
     return known
+
+
+def gains(known: Mapping[str, Mapping[str, float]], experts: Sequence[str]) -> npt.NDArray[np.float32]:
+    """How much more each expert should weigh than its share, as logarithms [K]: what a PCM may start from.
+
+    They fit log(w_i / w_j) = gain_i - gain_j over all pairs of all fixed weights, by least squares.
+    """
+    rows, ratios = [], []
+    for weights in known.values():
+        for first, second in itertools.combinations(weights, 2):
+            row = np.zeros(len(experts))
+            row[experts.index(first)], row[experts.index(second)] = 1.0, -1.0
+            rows.append(row)
+            ratios.append(math.log(weights[first] / weights[second]))
+    if not rows:
+        return np.zeros(len(experts), dtype=np.float32)
+    fitted = np.linalg.lstsq(np.stack(rows), np.array(ratios), rcond=None)[0]
+    return np.asarray(fitted, dtype=np.float32)
 
 
 def grid(count: int, steps: int) -> list[tuple[float, ...]]:
@@ -76,7 +97,8 @@ def _search(config: Config, base: MixtureModel, pool: Pool, rewards: Rewards, na
         round_ = prompts[used : used + config.pcm.fixed_prompts]
         used += len(round_)
         for candidate in candidates:
-            model = MixtureModel(replace(base.spec, pcm=FixedPCM(dict(zip(names, candidate, strict=True)))))
+            pcm = FixedPCM(dict(zip(names, candidate, strict=True)))
+            model = MixtureModel(replace(base.spec, pcm=pcm), activations=config.activations)
             wishes = [Wish(pool.prompts[i].text, "any", tuple(names), chance.getrandbits(60)) for i in round_]
             rollouts = draw_rollouts(
                 model,

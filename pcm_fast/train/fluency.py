@@ -23,10 +23,11 @@ class Fluency:
         model: the base alone, on the native engine where it runs.
     """
 
-    def __init__(self, checkpoint: Any, num_threads: int | None = None) -> None:
+    def __init__(self, checkpoint: Any, num_threads: int | None = None, activations: str = "float32") -> None:
         """A scorer for one base."""
         base = Expert("base", None, None, None)
-        self.model = MixtureModel(ModelSpec(checkpoint, (base,), UniformPCM()), num_threads=num_threads)
+        spec = ModelSpec(checkpoint, (base,), UniformPCM())
+        self.model = MixtureModel(spec, num_threads=num_threads, activations=activations)
 
     def __call__(
         self,

@@ -29,23 +29,30 @@ class Pair:
 
 
 def choose_pairs(pool: Pool, rewards: Rewards, dimension: str, config: ExpertConfig) -> list[Pair]:
-    """For each prompt the best of all answers against the worst plain one; those with the greatest gap.
+    """For each prompt the best of all answers against the worst; those with the greatest gap.
 
-    An answer less fluent than the floor is never chosen, and one that is off the subject loses by ``relevance``.
+    An answer less fluent than the floor is never chosen, and one that is off the subject loses by ``relevance``. What
+    may be rejected says ``config.rejected``; of styled answers never those that were cut short on purpose, or all
+    experts but one would learn to be long.
     """
     scores = pool.rewards[dimension]
-    plain = np.array([style == "" for style in pool.styles])
-    worth = scores + config.relevance * np.minimum(pool.relevance, 0.0)
+    off_subject = config.relevance * np.minimum(pool.relevance, 0.0)
     fluent = pool.fluency >= rewards.fluency_floor
+    fault = -scores
+    if config.rejected == "plain":
+        rejectable = np.array([not style for style in pool.styles])
+    else:
+        rejectable = np.array([style not in pool.shortened for style in pool.styles])
+    if config.rejected == "alike":
+        rejectable, fault = rejectable & fluent, fault + off_subject
     pairs = []
     for prompt_id in dict.fromkeys(pool.prompt_ids):
         mine = np.array([i for i, other in enumerate(pool.prompt_ids) if other == prompt_id])
-        best = mine[fluent[mine]]
-        if not len(best):
+        best, worst = mine[fluent[mine]], mine[rejectable[mine]]
+        if not len(best) or not len(worst):
             continue
-        chosen = best[np.argmax(worth[best])]
-        worst = mine[plain[mine]]
-        rejected = worst[np.argmin(scores[worst])]
+        chosen = best[np.argmax((scores + off_subject)[best])]
+        rejected = worst[np.argmax(fault[worst])]
         gap = float(scores[chosen] - scores[rejected])
         if gap > 0:
             pairs.append(Pair(pool.prompts[prompt_id].text, pool.answers[chosen], pool.answers[rejected], gap))

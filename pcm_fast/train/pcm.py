@@ -17,7 +17,7 @@ from pcm_fast.loader import load_checkpoint
 from pcm_fast.model import MixtureModel
 from pcm_fast.pcm_file import save_pcm
 from pcm_fast.train.config import Config
-from pcm_fast.train.fixed_weights import find_fixed_weights
+from pcm_fast.train.fixed_weights import find_fixed_weights, gains
 from pcm_fast.train.policy import Policy
 from pcm_fast.train.pool import Pool, draw_pool, pool_size
 from pcm_fast.train.preferences import Stated, composites, state
@@ -33,7 +33,9 @@ CURVE = "curve.json"
 def train_pcm(config: Config, directory: Path, name: str, progress: Progress) -> None:
     """Train a PCM for the experts in a directory, and write it there under a name; a run that was cut off goes on.
 
-    Then look for the best weights without a PCM (``fixed_weights.json``), which the evaluation holds it against.
+    First look for the best weights without a PCM (``fixed_weights.json``). The evaluation holds the PCM against them,
+    and it starts from them: after it has learned what preferences name, experts that have to be louder than their share
+    get that as a bias. REBEL goes on from there.
 
     Args:
         config: the configuration.
@@ -53,7 +55,11 @@ def train_pcm(config: Config, directory: Path, name: str, progress: Progress) ->
     torch.manual_seed(config.seed)
     policy = Policy(load_checkpoint(config.base), list(experts), config.pcm)
     training = Training(policy, directory / "work" / name)
-    start = MixtureModel.from_pretrained(config.base, experts, pcm=policy.learned(training.directory))
+    start = MixtureModel.from_pretrained(
+        config.base, experts, policy.learned(training.directory), activations=config.activations
+    )
+    task = progress.add_task("best fixed weights", total=len(config.evaluate.preferences))
+    known = find_fixed_weights(config, experts, pool, rewards, directory, lambda count: progress.advance(task, count))
     if training.iteration < 0:
         task = progress.add_task("what preferences name", total=config.pcm.warm_start)
         losses: list[float] = []
@@ -63,12 +69,14 @@ def train_pcm(config: Config, directory: Path, name: str, progress: Progress) ->
             progress.advance(task)
 
         warm_start(policy, training.optimizer, start, pool, config, noted)
+        with torch.no_grad():
+            policy.head.bias.add_(torch.from_numpy(gains(known, policy.experts)))
         training.save(0, {"naming_loss": losses})
     task = progress.add_task("REBEL", total=config.pcm.iterations, completed=training.iteration)
     while training.iteration < config.pcm.iterations:
         iteration = training.iteration + 1
         learned = policy.learned(training.directory)
-        model = MixtureModel(replace(start.spec, pcm=learned))
+        model = MixtureModel(replace(start.spec, pcm=learned), activations=config.activations)
         duels, figures = collect(config, model, pool, rewards, iteration)
         for epoch in range(config.pcm.epochs):
             seed = config.seed + 1000 * iteration + epoch
@@ -79,8 +87,6 @@ def train_pcm(config: Config, directory: Path, name: str, progress: Progress) ->
     save_pcm(policy.learned(training.directory), directory / name)
     (directory / name / CURVE).write_text(json.dumps(training.curve, indent=0) + "\n")
     (directory / name / "README.md").write_text(_card(config))
-    task = progress.add_task("best fixed weights", total=len(config.evaluate.preferences))
-    find_fixed_weights(config, experts, pool, rewards, directory, lambda count: progress.advance(task, count))
 
 
 def collect(
@@ -90,17 +96,21 @@ def collect(
     chance = random.Random((config.seed, iteration).__repr__())
     sets = composites(config, (2, 3))
     prompts = list(dict.fromkeys(pool.prompt_ids))
-    asked: list[tuple[str, Stated]] = []
+    asked: list[tuple[str, Stated, tuple[int, ...]]] = []
     for _ in range(config.pcm.prompts):
-        asked.append((chance.choice(prompts), state(config, chance.choice(sets), chance)))
+        prompt, stated = chance.choice(prompts), state(config, chance.choice(sets), chance)
+        others = [name for name in model.expert_names if name not in stated.strengths]
+        taking_part = {*stated.strengths, *chance.sample(others, min(config.pcm.others, len(others)))}
+        active = tuple(k for k, name in enumerate(model.expert_names) if name in taking_part)
+        asked.append((prompt, stated, active))
     wishes = [
         Wish(
             pool.prompts[prompt].text,
             stated.text,
-            tuple(name for name in model.expert_names if name in stated.strengths),
+            tuple(model.expert_names[k] for k in active),
             chance.getrandbits(60),
         )
-        for prompt, stated in asked
+        for prompt, stated, active in asked
         for _ in range(2)
     ]
     rollouts = draw_rollouts(
@@ -113,14 +123,13 @@ def collect(
     values = answer_rewards(
         pool,
         rewards,
-        [prompt for prompt, _ in asked for _ in range(2)],
-        [stated for _, stated in asked for _ in range(2)],
+        [prompt for prompt, _, _ in asked for _ in range(2)],
+        [stated for _, stated, _ in asked for _ in range(2)],
         [rollout.text for rollout in rollouts],
         config.pcm.bradley_terry,
     )
     duels = []
-    for i, (_, stated) in enumerate(asked):
-        active = tuple(k for k, name in enumerate(model.expert_names) if name in stated.strengths)
+    for i, (_, _, active) in enumerate(asked):
         pair = (rollouts[2 * i], rollouts[2 * i + 1])
         duels.append(Duel(pair, (float(values[2 * i]), float(values[2 * i + 1])), active))
     lengths = [len(rollout.tokens) for rollout in rollouts]
@@ -185,7 +194,8 @@ license: apache-2.0
 It reads a preference in words and the text so far, and gives a weight to each of the experts
 {", ".join(config.dimensions)}. Kind: {pcm.kind}.
 
-Trained by `pcm-fast train-pcm`: first to weigh the experts that a wording names, then by REBEL ({pcm.iterations} rounds
-of {pcm.prompts} prompts with two answers each, eta {pcm.eta:g}). Rewards are proxies (`pcm_fast/train/scorers.py`).
+Trained by `pcm-fast train-pcm`: first to weigh the experts that a wording names ({pcm.warm_start} steps), then, with
+gains that fit the best fixed weights as a bias, by REBEL ({pcm.iterations} rounds of {pcm.prompts} prompts with two
+answers each, eta {pcm.eta:g}). Rewards are proxies (`pcm_fast/train/scorers.py`).
 `curve.json` has the mean reward of every round.
 """

@@ -33,6 +33,7 @@ class Pool:
         fluency: [N] nats a token under the base.
         rewards: [N] by dimension.
         relevance: [N] how near each is to its prompt, in standard deviations of the plain answers, whose mean is 0.
+        shortened: styles whose answers were drawn with a bias to the end of the sequence.
     """
 
     prompts: Mapping[str, Prompt]
@@ -42,6 +43,7 @@ class Pool:
     fluency: Floats
     rewards: Mapping[str, Floats]
     relevance: Floats
+    shortened: frozenset[str]
 
     def plain(self, prompt_id: str) -> list[int]:
         """The base's own answers to a prompt: their places in the pool."""
@@ -60,7 +62,7 @@ def draw_pool(config: Config, directory: Path, advance: Advance) -> tuple[Pool, 
     # The base goes along where another writes, with a weight that changes nothing: so its likelihoods are known.
     writers: dict[str, None] = {"base": None, "writer": None}
     model = MixtureModel.from_pretrained(
-        config.base, writers, {"base": 1e-7, "writer": 1.0}, activations=config.answers.activations
+        config.base, writers, {"base": 1e-7, "writer": 1.0}, activations=config.activations
     )
     wanted = questions(config, model)
     found = draw_answers(model, wanted, directory / "answers.jsonl", config.answers.max_batch, advance)
@@ -75,7 +77,8 @@ def draw_pool(config: Config, directory: Path, advance: Advance) -> tuple[Pool, 
     rewards, scores = Rewards.calibrate(config, texts, written, fluency, plain)
     relevance = helpful(texts, written)
     relevance = (relevance - relevance[plain].mean()) / relevance[plain].std()
-    return Pool(prompts, ids, styles, answers, fluency, scores, relevance), rewards
+    shortened = frozenset(name for name, dimension in config.dimensions.items() if dimension.ending)
+    return Pool(prompts, ids, styles, answers, fluency, scores, relevance, shortened), rewards
 
 
 def pool_size(config: Config) -> int:

@@ -7,11 +7,13 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pcm_fast.pcm import NO_PREFERENCE
 from pcm_fast.preference import in_words
 from pcm_fast.train.config import Config
 
 STRENGTHS = {"strong": 2.0, "plain": 1.0, "weak": 0.5}
 MAPPED = 0.15  # of the preferences are put as a mapping of names to strengths is
+DENIED = 0.1  # of those in words also say by name what is not wanted
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Stated:
     """A preference.
 
     Attributes:
-        text: in words.
+        text: in words, as a learned PCM reads it.
         strengths: above 0, by dimension.
     """
 
@@ -49,10 +51,12 @@ def state(config: Config, names: Sequence[str], random: random.Random, held_out:
 
     Args:
         config: for the wordings.
-        names: the dimensions.
-        random: draws strengths, wordings, their order and the sentence around them.
+        names: the dimensions; none stands for no preference, which asks for all alike.
+        random: draws strengths, wordings, their order, what is denied and the sentence around them.
         held_out: take the wordings that are never trained on, all of plain strength.
     """
+    if not names:
+        return Stated(NO_PREFERENCE, dict.fromkeys(config.dimensions, 1.0))
     chosen = list(names)
     random.shuffle(chosen)
     strengths, phrases = {}, []
@@ -69,4 +73,8 @@ def state(config: Config, names: Sequence[str], random: random.Random, held_out:
         return Stated(in_words(strengths), strengths)
     last = random.choice((", ", " and ", ", and "))
     text = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + last + phrases[-1]
+    others = [name for name in config.dimensions if name not in strengths]
+    if others and not held_out and random.random() < DENIED:
+        denied = random.choice(others).replace("_", " ")
+        text = random.choice(("{}, not {}", "{} but not {}", "{}, and please not {}")).format(text, denied)
     return Stated(random.choice(config.joins).format(text), strengths)

@@ -52,7 +52,7 @@ class Rewards:
         self.fluency_mean = fluency_mean
         self.fluency_floor = fluency_mean - config.fluency_margin
         self._scorers = {name: load_scorer(dimension.reward) for name, dimension in config.dimensions.items()}
-        self._base = config.base
+        self._base, self._activations = config.base, config.activations
         self._fluency: Fluency | None = None
 
     @staticmethod
@@ -116,7 +116,7 @@ class Rewards:
     def fluency(self, prompts: Sequence[str], answers: Sequence[str]) -> Floats:
         """Mean log-likelihood a token under the base [N], nats."""
         if self._fluency is None:
-            self._fluency = Fluency(load_checkpoint(self._base))
+            self._fluency = Fluency(load_checkpoint(self._base), activations=self._activations)
         return self._fluency(prompts, answers)
 
 

@@ -33,7 +33,7 @@ def warm_start(
         advance: called with the loss of every step.
     """
     chance = random.Random(config.seed)
-    sets = composites(config)
+    sets = [(), *composites(config)]
     for _ in range(config.pcm.warm_start):
         contexts, answers, targets = [], [], []
         for _ in range(config.pcm.warm_start_batch):
