@@ -165,8 +165,8 @@ def chat(
 
 @app.command()
 def demo(
-    max_new_tokens: MaxNewTokensOption = 40,
-    seed: SeedOption = 3,
+    max_new_tokens: MaxNewTokensOption = 48,
+    seed: SeedOption = 5,
     backend: BackendOption = "auto",
     weights: WeightsOption = "auto",
     threads: ThreadsOption = None,
@@ -177,7 +177,7 @@ def demo(
 
     with terminal.errors():
         model = load(TRAINED_BASE, None, None, backend, weights, threads)
-        drawing = drawing_options("linear", max_new_tokens, 0.5, 0, 0.9, 0.0, 1.15, False, seed)
+        drawing = drawing_options("linear", max_new_tokens, 0.8, 0, 0.95, 0.0, 1.1, False, seed)
         run_demo(model, terminal.output(), drawing)
 
 

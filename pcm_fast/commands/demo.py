@@ -18,9 +18,9 @@ from pcm_fast.preference import Preference
 
 QUESTIONS = ("What should I do on a rainy Sunday?", "How do bees make honey?")
 PREFERENCES: tuple[Preference, ...] = (
-    "keep it to one line",
+    "keep it short",
     "be warm and make me laugh",
-    {"informative": 1.0, "elementary": 0.5},
+    {"elementary": 1.0, "friendly": 0.5},
 )
 
 
