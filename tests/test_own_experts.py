@@ -34,7 +34,7 @@ def folder(make_tiny_model, tmp_path_factory):
     return folder, base
 
 
-def test_the_commands_run(folder, monkeypatch):
+def test_commands_and_python_run(folder, monkeypatch, capsys):
     directory, base = folder
     monkeypatch.chdir(directory)
     (commands,) = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -46,11 +46,7 @@ def test_the_commands_run(folder, monkeypatch):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
     assert (directory / "mine" / "report" / "report.md").exists()
-
-
-def test_the_python_runs(folder, monkeypatch, capsys):
-    directory, base = folder
-    monkeypatch.chdir(directory)
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    capsys.readouterr()
     exec(code.replace("smollm2-135m-instruct", str(base)).replace("max_new_tokens=64", "max_new_tokens=4"), {})
     assert capsys.readouterr().out.strip()
