@@ -170,9 +170,8 @@ def used_experts(method: Method, spec: ModelSpec, questions: Sequence[Question])
     """Names of the experts that take part in any of the answers."""
     used: set[str] = set()
     for question in questions:
-        request = method.request(question)
-        named = request.preference if isinstance(request.preference, Mapping) else request.active
-        used.update(spec.expert_names if named is None else named)
+        preference = method.request(question).preference
+        used.update(preference if isinstance(preference, Mapping) else spec.expert_names)
     return used
 
 
@@ -184,10 +183,9 @@ def request_digest(method: Method, question: Question) -> str:
 def request_options(model: MixtureModel, method: Method, question: Question, config: Config) -> dict[str, Any]:
     """The keywords of ``Engine.add_request`` for a question."""
     request = method.request(question)
-    chosen: dict[str, Any] = {"preference": request.preference, "active": request.active}
     return {
-        **model.chat_inputs(request.messages, **chosen),
-        **chosen,
+        **model.chat_inputs(request.messages, preference=request.preference),
+        "preference": request.preference,
         "max_new_tokens": config.evaluate.max_new_tokens,
         "temperature": config.evaluate.temperature,
         "top_p": config.evaluate.top_p,

@@ -45,7 +45,6 @@ class Request:
 
     messages: Sequence[Mapping[str, str]]
     preference: str | Mapping[str, float] | None
-    active: Sequence[str] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
