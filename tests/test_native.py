@@ -71,6 +71,17 @@ def test_scores_are_those_of_the_reference(spec, isa, rule):
     assert divergence < 1e-7
 
 
+def test_prompts_that_come_back_are_read_once(spec):
+    """Rows that share a prompt of several blocks, and part of one, score as each of them does alone."""
+    native, _ = both(spec)
+    ids, pcm = tokens_of(6, 5, 60), tokens_of(7, 5, 35)
+    ids[2:, :40], ids[1, :20], pcm[2:] = ids[0, :40], ids[0, :20], pcm[0]
+    together = native.log_probs(ids, pcm_input_ids=pcm, prompt_length=40)
+    for b in range(len(ids)):
+        alone = native.log_probs(ids[b : b + 1], pcm_input_ids=pcm[b : b + 1], prompt_length=40)
+        np.testing.assert_array_equal(together[b], alone[0])
+
+
 @pytest.mark.parametrize("greedy", [True, False])
 def test_answers_are_those_of_the_reference(spec, greedy):
     native, reference = both(spec)

@@ -264,7 +264,7 @@ def test_better_and_worse_answers():
         prompt_ids=["p"] * 6,
         styles=["", "", "warm", "warm", "brief", "warm"],
         answers=[Answer(str(i), str(i), [i], True, -1.0, -0.1) for i in range(6)],
-        fluency=np.array([-1.0, -1.0, -1.0, -1.0, -1.0, -9.0]),
+        fluency=np.array([-1.0, -1.0, -1.0, -1.4, -1.0, -9.0]),
         rewards={"warm": scores},
         relevance=np.array([0.0, 0.0, -3.0, 0.0, 0.0, 0.0]),
         shortened=frozenset({"brief"}),
@@ -279,6 +279,12 @@ def test_better_and_worse_answers():
     assert pair(relevance=1.0) == (3, 1), "what is off the subject is not chosen"
     assert pair(relevance=1.0, rejected="any") == (3, 5)
     assert pair(relevance=1.0, rejected="plain") == (3, 1)
+    assert pair(relevance=1.0, rejected="plain", fluency=4.0) == (3, 1)
+    pool.rewards["warm"][4] = 3.0
+    assert pair(relevance=1.0) == (4, 1)
+    assert pair(relevance=1.0, cut_short=False) == (3, 1), "what was cut short for another dimension is not chosen"
+    pool.rewards["warm"][4] = -3.0
+    assert pair(relevance=1.0, rejected="plain", fluency=6.0) == (0, 1), "what is less fluent is not chosen"
 
 
 @pytest.mark.parametrize(

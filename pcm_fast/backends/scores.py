@@ -29,9 +29,21 @@ MakeRunner = Callable[[list[int]], Runner]  # from the blocks that each model's 
 def score(forced: ForcedRequest, experts: tuple[Reader, ...], pcm: Reader | None, make_runner: MakeRunner) -> Any:
     """See ``MixtureModel.log_probs``; the readers are those of the models that the runner has."""
     output = forced.empty_output()  # [B, T, V]
+    readers = [(experts[i], forced.contexts[i]) for i in forced.mixture.running]
+    if forced.pcm_contexts is not None:
+        assert pcm is not None
+        readers.append((pcm, forced.pcm_contexts))
+    # Room for the longest text, and as much again for prompts that may come back.
+    texts_kept = min(2, len(output))
+    blocks = [2] * (1 + max(reader.model for reader in (*experts, *(() if pcm is None else (pcm,)))))
+    for reader, contexts in readers:
+        blocks[reader.model] += texts_kept * math.ceil(max(map(len, contexts)) / BLOCK_SIZE)
+    runner = make_runner(blocks)
     for b in range(len(output)):
         length = forced.num_positions(b)
-        for start, log_p in _Text(forced, b, experts, pcm, make_runner).log_probs(length):
+        texts = [contexts[b].astype(np.int32) for _, contexts in readers]
+        rows = [Row(reader, text, text) for (reader, _), text in zip(readers, texts, strict=True)]
+        for start, log_p in _Text(forced, b, rows, runner).log_probs(length):
             first = output.shape[1] - length + start
             output[b, first : first + len(log_p)] = log_p
     return forced.result(output)
@@ -40,32 +52,8 @@ def score(forced: ForcedRequest, experts: tuple[Reader, ...], pcm: Reader | None
 class _Text:
     """One row of the text, as all of its readers read it."""
 
-    def __init__(
-        self,
-        forced: ForcedRequest,
-        index: int,
-        experts: tuple[Reader, ...],
-        pcm: Reader | None,
-        make_runner: MakeRunner,
-    ) -> None:
-        self._forced, self._index = forced, index
-        running = forced.mixture.running
-        self._rows: list[Row] = []
-        for reader, contexts in [(experts[i], forced.contexts[i]) for i in running] + (
-            [] if forced.pcm_contexts is None else [(pcm, forced.pcm_contexts)]
-        ):
-            assert reader is not None
-            text = contexts[index].astype(np.int32)
-            self._rows.append(Row(reader, text, text))
-        blocks = [1] * (1 + max(reader.model for reader in (*experts, *(() if pcm is None else (pcm,)))))
-        for row in self._rows:
-            blocks[row.reader.model] += math.ceil(len(row.text) / BLOCK_SIZE)
-        self._runner = make_runner(blocks)
-        for row in self._rows:
-            cache = self._runner.caches[row.reader.model]
-            row.slot = cache.create_row(row.reader.namespace, row.text)
-            cache.append_slots(row.slot, len(row.text))
-            self._runner.reserve_positions(row.reader.model, len(row.text))
+    def __init__(self, forced: ForcedRequest, index: int, rows: list[Row], runner: Runner) -> None:
+        self._forced, self._index, self._rows, self._runner = forced, index, rows, runner
 
     def log_probs(self, length: int) -> Iterator[tuple[int, Float32]]:
         """Merged log-probabilities [n, V] of the last `length` positions, n at a time, each with where it starts."""
@@ -75,8 +63,7 @@ class _Text:
         if forced.pcm_contexts is None:
             given = forced.position_weights(self._index, None)[:, running]
         for row in self._rows:
-            while (ahead := len(row.text) - length - row.read) > 0:
-                self._read([(row, min(ahead, PREFILL_CHUNK))], StepArrays(0, 1), 0)
+            self._begin(row, len(row.text) - length)
         logits = np.empty((min(POSITIONS_AT_ONCE, length), len(running), forced.vocab_size), np.float32)
         for start in range(0, length, POSITIONS_AT_ONCE):
             count = min(POSITIONS_AT_ONCE, length - start)
@@ -91,6 +78,18 @@ class _Text:
                 start,
                 ops.merge_log_probs(logits[:count], arrays.weights, merge=mixture.rule, num_threads=threads),
             )
+        for row in self._rows:
+            self._runner.caches[row.reader.model].free(row.slot)
+
+    def _begin(self, row: Row, count: int) -> None:
+        """Have the first `count` tokens of a row read, those that an earlier row left in the cache aside."""
+        cache = self._runner.caches[row.reader.model]
+        row.slot = cache.create_row(row.reader.namespace, row.text[: count + 1])  # less than it is given is reused
+        row.read = cache.length(row.slot)
+        cache.append_slots(row.slot, len(row.text) - row.read)
+        self._runner.reserve_positions(row.reader.model, len(row.text))
+        while row.read < count:
+            self._read([(row, min(count - row.read, PREFILL_CHUNK))], StepArrays(0, 1), 0)
 
     def _read(self, reads: list[tuple[Row, int]], arrays: StepArrays, wanted: int) -> None:
         """Let rows read on; the states of the last `wanted` tokens of each, experts first, go into the arrays."""

@@ -43,8 +43,11 @@ class ExpertConfig:
         rejected: the worse answer is the worst of "any" that were drawn in full; of those of them that are as fluent
             and as near to the prompt as the better one has to be ("alike"), so that nothing but the reward sets the two
             apart; or of the base's own ("plain").
+        cut_short: whether the better answer may be one that was cut short on purpose, for another dimension.
         relevance: what a chosen answer loses for every standard deviation by which it is further from the prompt, by
             MiniLM, than the base's answers are.
+        fluency: what a nat a token of an answer's likelihood under the base is worth, in standard deviations of the
+            reward.
         learning_rate, beta, epochs, batch_size, warmup: of the optimiser and the loss.
         sft_weight: weight of the chosen answer's own likelihood in the loss.
         scale: what the trained update is multiplied by at the end; below 1, some of the reward is given up for answers
@@ -56,7 +59,9 @@ class ExpertConfig:
     modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     pairs: int = 200
     rejected: str = "alike"
+    cut_short: bool = True
     relevance: float = 0.5
+    fluency: float = 0.0
     learning_rate: float = 2e-4
     beta: float = 0.1
     epochs: float = 1.0
@@ -76,6 +81,7 @@ class PCMConfig:
         rank, alpha, modules: of a shared PCM's adapter.
         layers: how many layers, counted from the last, the adapter acts on; 0: all. Layers below need no gradient.
         warm_start, warm_start_batch: steps, and answers in each, of learning what preferences name, before REBEL.
+        warm_start_rate: the learning rates are so many times higher meanwhile, at first; they fall to nothing.
         iterations: rounds of rollouts and updates.
         prompts: prompts with a preference each in every round; two answers are drawn for each.
         others: experts beside those that the preference names that take part in an answer, drawn at random; the PCM has
@@ -98,6 +104,7 @@ class PCMConfig:
     layers: int = 10
     warm_start: int = 60
     warm_start_batch: int = 16
+    warm_start_rate: float = 4.0
     iterations: int = 20
     prompts: int = 32
     others: int = 1

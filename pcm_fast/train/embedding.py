@@ -16,10 +16,15 @@ def embed(texts: Sequence[str]) -> npt.NDArray[np.float32]:
     """Embeddings [N, 384] of length 1."""
     if not texts:
         return np.zeros((0, 384), np.float32)
-    different = list(dict.fromkeys(texts))
-    vectors = _model().encode(different, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
+    different = tuple(dict.fromkeys(texts))
     place = {text: i for i, text in enumerate(different)}
-    return np.asarray(vectors, dtype=np.float32)[[place[text] for text in texts]]
+    return _vectors(different)[[place[text] for text in texts]]
+
+
+@functools.lru_cache(maxsize=4)  # several scorers look at the same answers
+def _vectors(texts: tuple[str, ...]) -> npt.NDArray[np.float32]:
+    vectors = _model().encode(list(texts), batch_size=64, normalize_embeddings=True, show_progress_bar=False)
+    return np.asarray(vectors, dtype=np.float32)
 
 
 @functools.cache

@@ -96,10 +96,13 @@ def _search(config: Config, base: MixtureModel, pool: Pool, rewards: Rewards, na
     while len(candidates) > 1 and used < len(prompts):
         round_ = prompts[used : used + config.pcm.fixed_prompts]
         used += len(round_)
+        seeds = [chance.getrandbits(60) for _ in round_]  # the same for all: their difference is what counts
         for candidate in candidates:
             pcm = FixedPCM(dict(zip(names, candidate, strict=True)))
             model = MixtureModel(replace(base.spec, pcm=pcm), activations=config.activations)
-            wishes = [Wish(pool.prompts[i].text, "any", tuple(names), chance.getrandbits(60)) for i in round_]
+            wishes = [
+                Wish(pool.prompts[i].text, "any", tuple(names), seed) for i, seed in zip(round_, seeds, strict=True)
+            ]
             rollouts = draw_rollouts(
                 model,
                 wishes,

@@ -48,8 +48,8 @@ class Fluency:
         heads = [self.model.chat_inputs(prompt)["input_ids"][0] for prompt in prompts]
         tails = [tokenizer.encode(answer, add_special_tokens=False) for answer in answers]
         scores = np.zeros(len(answers))
-        # Texts of about the same length are read together, since the results are as wide as the longest.
-        order = sorted((i for i, tail in enumerate(tails) if len(tail)), key=lambda i: len(heads[i]) + len(tails[i]))
+        # Answers to one prompt are read together: it is read once for all of them.
+        order = sorted((i for i, tail in enumerate(tails) if len(tail)), key=lambda i: (len(heads[i]), prompts[i]))
         for start in range(0, len(order), rows):
             chosen = order[start : start + rows]
             own = [heads[i] for i in chosen]

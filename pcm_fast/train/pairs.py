@@ -19,7 +19,7 @@ class Pair:
     Attributes:
         prompt: the user's message.
         chosen, rejected: the better and the worse answer.
-        gap: by how much its reward is greater, in standard deviations of the base's rewards.
+        gap: by how much it is better, in standard deviations of the base's rewards.
     """
 
     prompt: str
@@ -31,13 +31,17 @@ class Pair:
 def choose_pairs(pool: Pool, rewards: Rewards, dimension: str, config: ExpertConfig) -> list[Pair]:
     """For each prompt the best of all answers against the worst; those with the greatest gap.
 
-    An answer less fluent than the floor is never chosen, and one that is off the subject loses by ``relevance``. What
-    may be rejected says ``config.rejected``; of styled answers never those that were cut short on purpose, or all
-    experts but one would learn to be long.
+    Good is what has the reward and, by ``config.fluency``, is likely under the base. An answer less fluent than the
+    floor is never chosen, and one that is off the subject loses by ``relevance``. What may be chosen and rejected say
+    ``config.cut_short`` and ``config.rejected``; what was cut short on purpose is never rejected, or all experts but
+    one would learn to be long.
     """
-    scores = pool.rewards[dimension]
+    scores = pool.rewards[dimension] + config.fluency * pool.fluency
     off_subject = config.relevance * np.minimum(pool.relevance, 0.0)
     fluent = pool.fluency >= rewards.fluency_floor
+    choosable = fluent
+    if not config.cut_short:
+        choosable = fluent & np.array([style == dimension or style not in pool.shortened for style in pool.styles])
     fault = -scores
     if config.rejected == "plain":
         rejectable = np.array([not style for style in pool.styles])
@@ -48,7 +52,7 @@ def choose_pairs(pool: Pool, rewards: Rewards, dimension: str, config: ExpertCon
     pairs = []
     for prompt_id in dict.fromkeys(pool.prompt_ids):
         mine = np.array([i for i, other in enumerate(pool.prompt_ids) if other == prompt_id])
-        best, worst = mine[fluent[mine]], mine[rejectable[mine]]
+        best, worst = mine[choosable[mine]], mine[rejectable[mine]]
         if not len(best) or not len(worst):
             continue
         chosen = best[np.argmax((scores + off_subject)[best])]

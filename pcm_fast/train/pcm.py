@@ -68,7 +68,7 @@ def train_pcm(config: Config, directory: Path, name: str, progress: Progress) ->
             losses.append(loss)
             progress.advance(task)
 
-        warm_start(policy, training.optimizer, start, pool, config, noted)
+        warm_start(policy, start, pool, config, noted)
         with torch.no_grad():
             policy.head.bias.add_(torch.from_numpy(gains(known, policy.experts)))
         training.save(0, {"naming_loss": losses})

@@ -57,13 +57,17 @@ class Policy(torch.nn.Module):
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """For the optimiser: the body's trainable parameters and the head's, each with its learning rate."""
+    def parameter_groups(self, rate: float = 1.0) -> list[dict[str, Any]]:
+        """For an optimiser: the body's trainable parameters and the head's, each with its learning rate times rate."""
         body = [parameter for parameter in self.body.parameters() if parameter.requires_grad]
         return [
-            {"params": body, "lr": self.config.learning_rate},
-            {"params": list(self.head.parameters()), "lr": self.config.head_learning_rate},
+            {"params": body, "lr": rate * self.config.learning_rate},
+            {"params": list(self.head.parameters()), "lr": rate * self.config.head_learning_rate},
         ]
+
+    def trained(self) -> list[torch.nn.Parameter]:
+        """All parameters that learn."""
+        return [parameter for group in self.parameter_groups() for parameter in group["params"]]
 
     def log_weights(self, contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Log mixture weights before every token of each answer.

@@ -60,7 +60,7 @@ def update(
         loss = rebel_loss(policy, [duels[i] for i in order[start : start + batch_size]], eta)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+        torch.nn.utils.clip_grad_norm_(policy.trained(), 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
     return sum(losses) / len(losses)

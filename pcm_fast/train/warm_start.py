@@ -16,7 +16,6 @@ from pcm_fast.train.preferences import composites, state
 
 def warm_start(
     policy: Policy,
-    optimizer: torch.optim.Optimizer,
     model: MixtureModel,
     pool: Pool,
     config: Config,
@@ -26,7 +25,6 @@ def warm_start(
 
     Args:
         policy: the PCM.
-        optimizer: of its parameters.
         model: for the chat template; its PCM is a learned one with the policy's template.
         pool: answers, at whose tokens the weights are asked for.
         config: the configuration.
@@ -34,6 +32,8 @@ def warm_start(
     """
     chance = random.Random(config.seed)
     sets = [(), *composites(config)]
+    optimizer = torch.optim.AdamW(policy.parameter_groups(config.pcm.warm_start_rate), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, config.pcm.warm_start))
     for _ in range(config.pcm.warm_start):
         contexts, answers, targets = [], [], []
         for _ in range(config.pcm.warm_start_batch):
@@ -45,7 +45,9 @@ def warm_start(
         loss = naming_loss(policy.log_weights(contexts, answers), targets)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(policy.trained(), 1.0)
         optimizer.step()
+        schedule.step()
         advance(float(loss.detach()))
 
 
