@@ -25,7 +25,7 @@ from pcm_fast.train.policy import Policy, mixture_log_likelihood
 from pcm_fast.train.pool import Pool
 from pcm_fast.train.preferences import composites, state
 from pcm_fast.train.prompts import Prompt, load_prompts
-from pcm_fast.train.rebel import Duel, rebel_loss, update
+from pcm_fast.train.rebel import Contest, rebel_loss, update
 from pcm_fast.train.rollouts import Wish, draw_rollouts
 
 CONFIG = """
@@ -51,6 +51,7 @@ warm_start = 4
 warm_start_batch = 4
 iterations = 2
 prompts = 4
+answers = 3
 batch_size = 2
 epochs = 1
 max_new_tokens = 8
@@ -193,9 +194,9 @@ def test_gradient_of_the_mixture_log_likelihood(setting):
 def test_gradient_through_the_policy(setting):
     """Against differences of the loss for a parameter of the head and one of the adapter."""
     policy, rollouts = setting
-    duels = [Duel((rollouts[0], rollouts[1]), (0.9, 0.2), (0, 1))]
+    contests = [Contest((rollouts[0], rollouts[1]), (0.9, 0.2), (0, 1))]
     policy.zero_grad()
-    rebel_loss(policy, duels, 1.0).backward()
+    rebel_loss(policy, contests, 1.0).backward()
     adapter = next(p for name, p in policy.body.named_parameters() if "lora_B" in name and p.requires_grad)
     for parameter, step in ((policy.head.weight, 1e-2), (adapter, 1e-2)):
         index = tuple(int(i) for i in np.unravel_index(int(parameter.grad.abs().argmax()), parameter.shape))
@@ -203,18 +204,27 @@ def test_gradient_through_the_policy(setting):
         for sign in (1, -1):
             with torch.no_grad():
                 parameter[index] += sign * step
-                values.append(rebel_loss(policy, duels, 1.0).item())
+                values.append(rebel_loss(policy, contests, 1.0).item())
                 parameter[index] -= sign * step
         difference = (values[0] - values[1]) / (2 * step)
         assert float(parameter.grad[index]) == pytest.approx(difference, rel=0.05, abs=1e-4)
 
 
+def test_of_many_answers_every_pair_counts(setting):
+    policy, rollouts = setting
+    rewards = (0.9, 0.2, 0.4)
+    pairs = [Contest((rollouts[i], rollouts[j]), (rewards[i], rewards[j]), (0, 1)) for i, j in ((0, 1), (0, 2), (1, 2))]
+    with torch.no_grad():
+        together = rebel_loss(policy, [Contest(tuple(rollouts[:3]), rewards, (0, 1))], 2.0)
+        assert together.item() == pytest.approx(rebel_loss(policy, pairs, 2.0).item(), rel=1e-4)
+
+
 def test_rebel_makes_the_better_answer_likelier(setting, base, trained):
     policy, rollouts = setting
-    duels = [Duel((rollouts[i], rollouts[i + 1]), (1.0, 0.0), (0, 1)) for i in (0, 2, 4)]
-    assert rebel_loss(policy, duels, 1.0).item() == pytest.approx(1.0, abs=1e-3), "the ratios start at 1"
+    contests = [Contest((rollouts[i], rollouts[i + 1]), (1.0, 0.0), (0, 1)) for i in (0, 2, 4)]
+    assert rebel_loss(policy, contests, 1.0).item() == pytest.approx(1.0, abs=1e-3), "the ratios start at 1"
     optimizer = torch.optim.AdamW(policy.parameter_groups(), weight_decay=0.0)
-    losses = [update(policy, optimizer, duels, 1.0, 3, seed) for seed in range(20)]
+    losses = [update(policy, optimizer, contests, 1.0, 3, seed) for seed in range(20)]
     assert losses[-1] < 0.9, losses
 
 
@@ -293,6 +303,7 @@ def test_better_and_worse_answers():
         ("bass = 1", "bass: no such key"),
         ("seed = 'x'", "seed: expected int, got 'x'"),
         ("[pcm]\nkind = 'both'", "pcm.kind: expected 'shared' or 'separate', got 'both'"),
+        ("[pcm]\nanswers = 1", "pcm.answers: expected two or more, which are compared, got 1"),
         ("[pcm]\nkind = 'separate'", "pcm.model: expected the directory"),
         ("[experts]\nrank = 1.5", "experts.rank: expected int, got 1.5"),
         ("[experts]\nrejected = 'all'", "experts.rejected: expected 'alike', 'any' or 'plain', got 'all'"),

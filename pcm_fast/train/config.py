@@ -83,11 +83,12 @@ class PCMConfig:
         warm_start, warm_start_batch: steps, and answers in each, of learning what preferences name, before REBEL.
         warm_start_rate: the learning rates are so many times higher meanwhile, at first; they fall to nothing.
         iterations: rounds of rollouts and updates.
-        prompts: prompts with a preference each in every round; two answers are drawn for each.
+        prompts, answers: prompts with a preference each in every round, and answers that are drawn to each, two or
+            more.
         others: experts beside those that the preference names that take part in an answer, drawn at random; the PCM has
             to learn not to listen to them.
-        batch_size: pairs in an update.
-        epochs: passes over the pairs of a round.
+        batch_size: prompts, with all their answers, in an update.
+        epochs: passes over the answers of a round.
         learning_rate, head_learning_rate: of the adapter (or model) and of the head.
         eta: REBEL's: the loss is (difference of log-ratios - eta * difference of rewards)^2.
         bradley_terry: normalise rewards against the base's answer; False takes their plain standard scores.
@@ -106,9 +107,10 @@ class PCMConfig:
     warm_start_batch: int = 16
     warm_start_rate: float = 4.0
     iterations: int = 20
-    prompts: int = 32
+    prompts: int = 16
+    answers: int = 4
     others: int = 1
-    batch_size: int = 8
+    batch_size: int = 4
     epochs: int = 2
     learning_rate: float = 3e-4
     head_learning_rate: float = 3e-3
@@ -223,6 +225,8 @@ def load_config(path: str | Path | None = None) -> Config:
                 raise ValueError(f"{path}: evaluate.preferences: expected names of dimensions, got {name!r}")
     if config.pcm.kind not in ("shared", "separate"):
         raise ValueError(f"{path}: pcm.kind: expected 'shared' or 'separate', got {config.pcm.kind!r}")
+    if config.pcm.answers < 2:
+        raise ValueError(f"{path}: pcm.answers: expected two or more, which are compared, got {config.pcm.answers}")
     if config.pcm.kind == "separate" and not config.pcm.model:
         raise ValueError(f"{path}: pcm.model: expected the directory of a model for a separate PCM, got none")
     return config

@@ -68,6 +68,7 @@ def _card(config: Config, name: str, pairs: Sequence[Pair]) -> str:
     """The model card of an expert."""
     expert = config.experts[name]
     gap = np.mean([pair.gap for pair in pairs])
+    counted = f", a nat a token of likelihood under the base counted as {expert.fluency:g} of them"
     return f"""---
 base_model: {Path(config.base).name}
 license: apache-2.0
@@ -79,10 +80,10 @@ library_name: peft
 A LoRA adapter (rank {expert.rank}, on {", ".join(expert.modules)}) that moves the base's answers towards *{name}*.
 Trained by pcm-fast {__version__} with `pcm-fast train-experts`: direct preference optimisation on {len(pairs)} pairs of
 answers that the base itself gave to our own prompts (CC0), plainly or under a system prompt (beta {expert.beta:g},
-{expert.epochs:g} passes, learning rate {expert.learning_rate:g}, {expert.sft_weight:g} on the likelihood of the
+passes {expert.epochs:g}, learning rate {expert.learning_rate:g}, {expert.sft_weight:g} on the likelihood of the
 chosen answers; the update times {expert.scale:g}).
 In each pair the chosen answer scores higher on {name}: by {gap:.1f} standard deviations of the base's answers, on
-average.
+average{counted if expert.fluency else ""}.
 
 The reward is a proxy, a formula or a small classifier (`pcm_fast/train/scorers.py`), not a person's judgement. The base
 is a small model: what it says may be wrong. How far the reward moved on held-out prompts, and what that cost in fluency

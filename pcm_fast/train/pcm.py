@@ -21,7 +21,7 @@ from pcm_fast.train.fixed_weights import find_fixed_weights, gains
 from pcm_fast.train.policy import Policy
 from pcm_fast.train.pool import Pool, draw_pool, pool_size
 from pcm_fast.train.preferences import Stated, composites, state
-from pcm_fast.train.rebel import Duel, update
+from pcm_fast.train.rebel import Contest, update
 from pcm_fast.train.reward import answer_rewards
 from pcm_fast.train.rewards import Rewards
 from pcm_fast.train.rollouts import Wish, draw_rollouts
@@ -77,10 +77,10 @@ def train_pcm(config: Config, directory: Path, name: str, progress: Progress) ->
         iteration = training.iteration + 1
         learned = policy.learned(training.directory)
         model = MixtureModel(replace(start.spec, pcm=learned), activations=config.activations)
-        duels, figures = collect(config, model, pool, rewards, iteration)
+        contests, figures = collect(config, model, pool, rewards, iteration)
         for epoch in range(config.pcm.epochs):
             seed = config.seed + 1000 * iteration + epoch
-            loss = update(policy, training.optimizer, duels, config.pcm.eta, config.pcm.batch_size, seed)
+            loss = update(policy, training.optimizer, contests, config.pcm.eta, config.pcm.batch_size, seed)
             figures[f"loss_{epoch}"] = loss
         training.save(iteration, figures)
         progress.advance(task)
@@ -91,8 +91,8 @@ def train_pcm(config: Config, directory: Path, name: str, progress: Progress) ->
 
 def collect(
     config: Config, model: MixtureModel, pool: Pool, rewards: Rewards, iteration: int
-) -> tuple[list[Duel], dict[str, Any]]:
-    """Draw two answers to each of the round's prompts and preferences, and reward them."""
+) -> tuple[list[Contest], dict[str, Any]]:
+    """Draw answers to each of the round's prompts and preferences, and reward them."""
     chance = random.Random((config.seed, iteration).__repr__())
     sets = composites(config, (2, 3))
     prompts = list(dict.fromkeys(pool.prompt_ids))
@@ -103,6 +103,7 @@ def collect(
         taking_part = {*stated.strengths, *chance.sample(others, min(config.pcm.others, len(others)))}
         active = tuple(k for k, name in enumerate(model.expert_names) if name in taking_part)
         asked.append((prompt, stated, active))
+    count = config.pcm.answers
     wishes = [
         Wish(
             pool.prompts[prompt].text,
@@ -111,7 +112,7 @@ def collect(
             chance.getrandbits(60),
         )
         for prompt, stated, active in asked
-        for _ in range(2)
+        for _ in range(count)
     ]
     rollouts = draw_rollouts(
         model,
@@ -123,17 +124,17 @@ def collect(
     values = answer_rewards(
         pool,
         rewards,
-        [prompt for prompt, _, _ in asked for _ in range(2)],
-        [stated for _, stated, _ in asked for _ in range(2)],
+        [prompt for prompt, _, _ in asked for _ in range(count)],
+        [stated for _, stated, _ in asked for _ in range(count)],
         [rollout.text for rollout in rollouts],
         config.pcm.bradley_terry,
     )
-    duels = []
+    contests = []
     for i, (_, _, active) in enumerate(asked):
-        pair = (rollouts[2 * i], rollouts[2 * i + 1])
-        duels.append(Duel(pair, (float(values[2 * i]), float(values[2 * i + 1])), active))
+        mine = slice(i * count, (i + 1) * count)
+        contests.append(Contest(tuple(rollouts[mine]), tuple(values[mine].tolist()), active))
     lengths = [len(rollout.tokens) for rollout in rollouts]
-    return duels, {"reward": float(values.mean()), "tokens": float(np.mean(lengths))}
+    return contests, {"reward": float(values.mean()), "tokens": float(np.mean(lengths))}
 
 
 class Training:
@@ -195,7 +196,7 @@ It reads a preference in words and the text so far, and gives a weight to each o
 {", ".join(config.dimensions)}. Kind: {pcm.kind}.
 
 Trained by `pcm-fast train-pcm`: first to weigh the experts that a wording names ({pcm.warm_start} steps), then, with
-gains that fit the best fixed weights as a bias, by REBEL ({pcm.iterations} rounds of {pcm.prompts} prompts with two
-answers each, eta {pcm.eta:g}). Rewards are proxies (`pcm_fast/train/scorers.py`).
+gains that fit the best fixed weights as a bias, by REBEL ({pcm.iterations} rounds of {pcm.prompts} prompts with
+{pcm.answers} answers each, eta {pcm.eta:g}). Rewards are proxies (`pcm_fast/train/scorers.py`).
 `curve.json` has the mean reward of every round.
 """

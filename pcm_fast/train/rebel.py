@@ -4,8 +4,9 @@ For two answers a, b to one prompt and preference, drawn from the mixture under 
 
     ((log pi(a) - log pi_old(a)) - (log pi(b) - log pi_old(b)) - eta (r(a) - r(b)))^2
 
-with log pi(y) = sum over t of log sum_i w_i,t p_i(y_t). Experts are black boxes: their log-probabilities are numbers
-that came with the rollouts, and the gradient goes through the weights alone.
+with log pi(y) = sum over t of log sum_i w_i,t p_i(y_t). Of more than two answers it is the mean over all pairs. Experts
+are black boxes: their log-probabilities are numbers that came with the rollouts, and the gradient goes through the
+weights alone.
 """
 
 from __future__ import annotations
@@ -21,43 +22,47 @@ from pcm_fast.train.rollouts import Rollout
 
 
 @dataclass(frozen=True, eq=False)
-class Duel:
-    """Two answers to one prompt and preference.
+class Contest:
+    """Answers to one prompt and preference, two or more.
 
     Attributes:
-        answers: the two.
+        answers: all of them.
         rewards: theirs.
         active: indices of the experts that wrote them.
     """
 
-    answers: tuple[Rollout, Rollout]
-    rewards: tuple[float, float]
+    answers: tuple[Rollout, ...]
+    rewards: tuple[float, ...]
     active: tuple[int, ...]
 
 
-def rebel_loss(policy: Policy, duels: Sequence[Duel], eta: float) -> torch.Tensor:
-    """The mean loss over these duels."""
-    rollouts = [answer for duel in duels for answer in duel.answers]
-    rows = policy.log_weights([rollout.context for rollout in rollouts], [rollout.tokens for rollout in rollouts])
+def rebel_loss(policy: Policy, contests: Sequence[Contest], eta: float) -> torch.Tensor:
+    """The mean loss over these contests."""
+    rollouts = [answer for contest in contests for answer in contest.answers]
+    rows = iter(policy.log_weights([rollout.context for rollout in rollouts], [rollout.tokens for rollout in rollouts]))
     losses = []
-    for i, duel in enumerate(duels):
-        ratios = [
-            _log_ratio(row, answer, duel.active)
-            for row, answer in zip(rows[2 * i : 2 * i + 2], duel.answers, strict=True)
+    for contest in contests:
+        off = [
+            _log_ratio(next(rows), answer, contest.active) - eta * reward
+            for answer, reward in zip(contest.answers, contest.rewards, strict=True)
         ]
-        wanted = eta * (duel.rewards[0] - duel.rewards[1])
-        losses.append((ratios[0] - ratios[1] - wanted) ** 2)
+        losses.append(2 * torch.stack(off).var())  # the mean of (a - b)^2 over all pairs
     return torch.stack(losses).mean()
 
 
 def update(
-    policy: Policy, optimizer: torch.optim.Optimizer, duels: Sequence[Duel], eta: float, batch_size: int, seed: int
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    contests: Sequence[Contest],
+    eta: float,
+    batch_size: int,
+    seed: int,
 ) -> float:
-    """One pass over the duels in an order drawn at random; the mean loss on the way."""
-    order = random.Random(seed).sample(range(len(duels)), len(duels))
+    """One pass over the contests in an order drawn at random; the mean loss on the way."""
+    order = random.Random(seed).sample(range(len(contests)), len(contests))
     losses = []
     for start in range(0, len(order), batch_size):
-        loss = rebel_loss(policy, [duels[i] for i in order[start : start + batch_size]], eta)
+        loss = rebel_loss(policy, [contests[i] for i in order[start : start + batch_size]], eta)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(policy.trained(), 1.0)
