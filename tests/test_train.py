@@ -52,6 +52,7 @@ warm_start_batch = 4
 iterations = 2
 prompts = 4
 answers = 3
+naming = 0.5
 batch_size = 2
 epochs = 1
 max_new_tokens = 8

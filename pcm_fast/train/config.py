@@ -91,6 +91,8 @@ class PCMConfig:
         epochs: passes over the answers of a round.
         learning_rate, head_learning_rate: of the adapter (or model) and of the head.
         eta: REBEL's: the loss is (difference of log-ratios - eta * difference of rewards)^2.
+        naming: weight, beside this loss, of that of the warm start on single wishes and on no wish: what REBEL learns
+            of wishes that compete shall not make the PCM deaf to one that is alone. 0: none.
         bradley_terry: normalise rewards against the base's answer; False takes their plain standard scores.
         max_new_tokens, temperature, max_batch: of the rollouts.
         fixed_prompts: prompts in each round of the search for the best fixed weights.
@@ -115,6 +117,7 @@ class PCMConfig:
     learning_rate: float = 3e-4
     head_learning_rate: float = 3e-3
     eta: float = 1.0
+    naming: float = 0.0
     bradley_terry: bool = True
     max_new_tokens: int = 64
     temperature: float = 1.0

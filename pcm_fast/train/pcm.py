@@ -25,7 +25,7 @@ from pcm_fast.train.rebel import Contest, update
 from pcm_fast.train.reward import answer_rewards
 from pcm_fast.train.rewards import Rewards
 from pcm_fast.train.rollouts import Wish, draw_rollouts
-from pcm_fast.train.warm_start import warm_start
+from pcm_fast.train.warm_start import drawn_naming_loss, warm_start
 
 CURVE = "curve.json"
 
@@ -72,6 +72,13 @@ def train_pcm(config: Config, directory: Path, name: str, progress: Progress) ->
         with torch.no_grad():
             policy.head.bias.add_(torch.from_numpy(gains(known, policy.experts)))
         training.save(0, {"naming_loss": losses})
+    alone = [(), *composites(config, (1,))]
+
+    def named(chance: random.Random) -> torch.Tensor:
+        drawn = drawn_naming_loss(policy, start, pool, config, alone, config.pcm.warm_start_batch, chance)
+        return config.pcm.naming * drawn
+
+    anchor = named if config.pcm.naming else None
     task = progress.add_task("REBEL", total=config.pcm.iterations, completed=training.iteration)
     while training.iteration < config.pcm.iterations:
         iteration = training.iteration + 1
@@ -80,7 +87,7 @@ def train_pcm(config: Config, directory: Path, name: str, progress: Progress) ->
         contests, figures = collect(config, model, pool, rewards, iteration)
         for epoch in range(config.pcm.epochs):
             seed = config.seed + 1000 * iteration + epoch
-            loss = update(policy, training.optimizer, contests, config.pcm.eta, config.pcm.batch_size, seed)
+            loss = update(policy, training.optimizer, contests, config.pcm.eta, config.pcm.batch_size, seed, anchor)
             figures[f"loss_{epoch}"] = loss
         training.save(iteration, figures)
         progress.advance(task)

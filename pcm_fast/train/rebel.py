@@ -12,7 +12,7 @@ weights alone.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,14 +57,20 @@ def update(
     eta: float,
     batch_size: int,
     seed: int,
+    anchor: Callable[[random.Random], torch.Tensor] | None = None,
 ) -> float:
-    """One pass over the contests in an order drawn at random; the mean loss on the way."""
-    order = random.Random(seed).sample(range(len(contests)), len(contests))
+    """One pass over the contests in an order drawn at random; the mean loss on the way.
+
+    anchor: a loss that is added in every step, given what draws for it.
+    """
+    chance = random.Random(seed)
+    order = chance.sample(range(len(contests)), len(contests))
     losses = []
     for start in range(0, len(order), batch_size):
         loss = rebel_loss(policy, [contests[i] for i in order[start : start + batch_size]], eta)
+        total = loss if anchor is None else loss + anchor(chance)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        total.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(policy.trained(), 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))

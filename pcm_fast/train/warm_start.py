@@ -32,23 +32,37 @@ def warm_start(
     """
     chance = random.Random(config.seed)
     sets = [(), *composites(config)]
-    optimizer = torch.optim.AdamW(policy.parameter_groups(config.pcm.warm_start_rate), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, config.pcm.warm_start))
-    for _ in range(config.pcm.warm_start):
-        contexts, answers, targets = [], [], []
-        for _ in range(config.pcm.warm_start_batch):
-            i = chance.randrange(len(pool.answers))
-            stated = state(config, chance.choice(sets), chance)
-            contexts.append(context(model, pool.prompts[pool.prompt_ids[i]].text, stated.text))
-            answers.append(pool.answers[i].tokens[: chance.randint(1, 24)])
-            targets.append([stated.shares.get(name, 0.0) for name in policy.experts])
-        loss = naming_loss(policy.log_weights(contexts, answers), targets)
+    pcm = config.pcm
+    optimizer = torch.optim.AdamW(policy.parameter_groups(pcm.warm_start_rate), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, pcm.warm_start))
+    for _ in range(pcm.warm_start):
+        loss = drawn_naming_loss(policy, model, pool, config, sets, pcm.warm_start_batch, chance)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(policy.trained(), 1.0)
         optimizer.step()
         schedule.step()
         advance(float(loss.detach()))
+
+
+def drawn_naming_loss(
+    policy: Policy,
+    model: MixtureModel,
+    pool: Pool,
+    config: Config,
+    sets: Sequence[tuple[str, ...]],
+    count: int,
+    chance: random.Random,
+) -> torch.Tensor:
+    """The loss on answers and preferences drawn at random: count of them, for any of these sets of dimensions."""
+    contexts, answers, targets = [], [], []
+    for _ in range(count):
+        i = chance.randrange(len(pool.answers))
+        stated = state(config, chance.choice(sets), chance)
+        contexts.append(context(model, pool.prompts[pool.prompt_ids[i]].text, stated.text))
+        answers.append(pool.answers[i].tokens[: chance.randint(1, 24)])
+        targets.append([stated.shares.get(name, 0.0) for name in policy.experts])
+    return naming_loss(policy.log_weights(contexts, answers), targets)
 
 
 def naming_loss(log_weights: Sequence[torch.Tensor], targets: Sequence[Sequence[float]]) -> torch.Tensor:
