@@ -39,14 +39,11 @@ def choose_pairs(pool: Pool, rewards: Rewards, dimension: str, config: ExpertCon
     scores = pool.rewards[dimension] + config.fluency * pool.fluency
     off_subject = config.relevance * np.minimum(pool.relevance, 0.0)
     fluent = pool.fluency >= rewards.fluency_floor
-    choosable = fluent
-    if not config.cut_short:
-        choosable = fluent & np.array([style == dimension or style not in pool.shortened for style in pool.styles])
+    styles = np.array(pool.styles)
+    in_full = ~np.isin(styles, list(pool.shortened))
+    choosable = fluent & (config.cut_short | in_full | (styles == dimension))
     fault = -scores
-    if config.rejected == "plain":
-        rejectable = np.array([not style for style in pool.styles])
-    else:
-        rejectable = np.array([style not in pool.shortened for style in pool.styles])
+    rejectable = styles == "" if config.rejected == "plain" else in_full
     if config.rejected == "alike":
         rejectable, fault = rejectable & fluent, fault + off_subject
     pairs = []

@@ -75,8 +75,7 @@ def train_pcm(config: Config, directory: Path, name: str, progress: Progress) ->
     alone = [(), *composites(config, (1,))]
 
     def named(chance: random.Random) -> torch.Tensor:
-        drawn = drawn_naming_loss(policy, start, pool, config, alone, config.pcm.warm_start_batch, chance)
-        return config.pcm.naming * drawn
+        return config.pcm.naming * drawn_naming_loss(policy, start, pool, config, alone, chance)
 
     anchor = named if config.pcm.naming else None
     task = progress.add_task("REBEL", total=config.pcm.iterations, completed=training.iteration)
@@ -192,6 +191,7 @@ class Training:
 
 def _card(config: Config) -> str:
     pcm = config.pcm
+    anchored = f", naming kept at weight {pcm.naming:g}" if pcm.naming else ""
     return f"""---
 base_model: {Path(config.base).name}
 license: apache-2.0
@@ -204,6 +204,6 @@ It reads a preference in words and the text so far, and gives a weight to each o
 
 Trained by `pcm-fast train-pcm`: first to weigh the experts that a wording names ({pcm.warm_start} steps), then, with
 gains that fit the best fixed weights as a bias, by REBEL ({pcm.iterations} rounds of {pcm.prompts} prompts with
-{pcm.answers} answers each, eta {pcm.eta:g}). Rewards are proxies (`pcm_fast/train/scorers.py`).
+{pcm.answers} answers each, eta {pcm.eta:g}{anchored}). Rewards are proxies (`pcm_fast/train/scorers.py`).
 `curve.json` has the mean reward of every round.
 """

@@ -36,7 +36,7 @@ def warm_start(
     optimizer = torch.optim.AdamW(policy.parameter_groups(pcm.warm_start_rate), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, pcm.warm_start))
     for _ in range(pcm.warm_start):
-        loss = drawn_naming_loss(policy, model, pool, config, sets, pcm.warm_start_batch, chance)
+        loss = drawn_naming_loss(policy, model, pool, config, sets, chance)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(policy.trained(), 1.0)
@@ -51,12 +51,11 @@ def drawn_naming_loss(
     pool: Pool,
     config: Config,
     sets: Sequence[tuple[str, ...]],
-    count: int,
     chance: random.Random,
 ) -> torch.Tensor:
-    """The loss on answers and preferences drawn at random: count of them, for any of these sets of dimensions."""
+    """The loss on a batch of answers and preferences drawn at random, for any of these sets of dimensions."""
     contexts, answers, targets = [], [], []
-    for _ in range(count):
+    for _ in range(config.pcm.warm_start_batch):
         i = chance.randrange(len(pool.answers))
         stated = state(config, chance.choice(sets), chance)
         contexts.append(context(model, pool.prompts[pool.prompt_ids[i]].text, stated.text))
