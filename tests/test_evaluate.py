@@ -10,6 +10,7 @@ from rich.progress import Progress
 from tiny_chat import add_tokenizer
 from typer.testing import CliRunner
 
+from pcm_fast import MixtureModel
 from pcm_fast.adapter import save_adapter
 from pcm_fast.cli import app
 from pcm_fast.evaluate import answers as answers_module
@@ -20,6 +21,7 @@ from pcm_fast.evaluate.questions import ask
 from pcm_fast.evaluate.run import evaluate
 from pcm_fast.evaluate.scores import text_key
 from pcm_fast.evaluate.shortfalls import shortfalls
+from pcm_fast.evaluate.wordings import TOKENS
 from pcm_fast.loader import load_checkpoint
 from pcm_fast.pcm import LearnedPCM
 from pcm_fast.pcm_file import save_pcm
@@ -186,6 +188,33 @@ def test_what_the_pcm_reads(setup, evaluated):
             "short" in answer["preference"]
         )
         assert ("with room" in answer["wording"]) == ("spaces" in answer["preference"])
+
+
+def test_what_single_wordings_weigh(setup, config, evaluated):
+    """The share of a dimension's wordings at which its expert leads, again, one request at a time."""
+    spec = Mixtures(config, setup / "artefacts").learned(setup / "artefacts" / "pcm")
+    model = MixtureModel(spec)
+    prompts = [prompt.text for prompt in load_prompts(config.evaluate.prompts)]
+    assert [row["dimension"] for row in evaluated["wordings"]] == list(DIMENSION_NAMES)
+    for column, row in enumerate(evaluated["wordings"]):
+        found = []
+        for i, wording in enumerate(config.dimensions[row["dimension"]].held_out):
+            output = model.generate(
+                **model.chat_inputs(prompts[i], preference=wording),
+                preference=wording,
+                max_new_tokens=TOKENS,
+                temperature=config.evaluate.temperature,
+                top_p=config.evaluate.top_p,
+                seed=config.seed + i,
+                return_dict_in_generate=True,
+            )
+            found.append(output.mixture_weights[0, : int(output.lengths[0])].mean(axis=0))
+        leaders = np.argmax(found, axis=1)
+        assert row["wordings"] == len(found)
+        assert row["leads"] == pytest.approx(np.mean(leaders == column))
+        assert row["weight"] == pytest.approx(np.mean(found, axis=0)[column], abs=1e-5)
+        assert [leader for _, leader in row["missed"]] == [DIMENSION_NAMES[k] for k in leaders if k != column]
+    assert "misunderstood" in (setup / "out/report.md").read_text()
 
 
 def test_the_report_stands_alone(setup, evaluated):

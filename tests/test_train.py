@@ -1,5 +1,6 @@
 """Training from end to end on a tiny model: answers, rewards, experts, PCM; a user's own dimension."""
 
+import itertools
 import json
 import math
 import random
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_chat import add_tokenizer
 from typer.testing import CliRunner
 
@@ -19,7 +21,7 @@ from pcm_fast.loader import load_checkpoint
 from pcm_fast.pcm import FixedPCM
 from pcm_fast.train.answers import Answer
 from pcm_fast.train.config import ExpertConfig, load_config
-from pcm_fast.train.fixed_weights import gains
+from pcm_fast.train.fixed_weights import RIDGE, gains
 from pcm_fast.train.pairs import choose_pairs
 from pcm_fast.train.policy import Policy, mixture_log_likelihood
 from pcm_fast.train.pool import Pool
@@ -27,6 +29,7 @@ from pcm_fast.train.preferences import composites, state
 from pcm_fast.train.prompts import Prompt, load_prompts
 from pcm_fast.train.rebel import Contest, rebel_loss, update
 from pcm_fast.train.rollouts import Wish, draw_rollouts
+from pcm_fast.train.warm_start import targets
 
 CONFIG = """
 base = "{base}"
@@ -36,12 +39,16 @@ seed = 3
 fluency_margin = 2
 [answers]
 plain = 3
+own = 3
 max_new_tokens = 12
 [experts]
 rank = 2
 modules = ["q_proj", "v_proj"]
 pairs = 8
 batch_size = 2
+[experts.vowels.again]
+learning_rate = 1e-3
+pairs = 4
 [pcm]
 kind = "{kind}"
 model = "{model}"
@@ -122,8 +129,34 @@ def test_experts_and_pcm_answer(trained, base):
     assert len(np.unique(weights)) > 2, "the head has not learned anything"
     for name in experts:
         assert "proxy" in (out / "experts" / name / "README.md").read_text()
+    assert "then on" not in (out / "experts" / "concise" / "README.md").read_text()
     curve = json.loads((out / "pcm" / "curve.json").read_text())
     assert [round_["iteration"] for round_ in curve] == [0, 1, 2]
+
+
+def test_an_expert_learns_again_from_its_own_answers(trained, base):
+    """Its answers were drawn from the first adapter, and training went on from that."""
+    out = trained / "out"
+    last, first = out / "experts" / "vowels", out / "work" / "first" / "vowels"
+    assert "then on 4 pairs of answers of its own" in (last / "README.md").read_text()
+    answers = [json.loads(line) for line in (out / "work" / "answers-vowels.jsonl").read_text().splitlines()]
+    assert len(answers) == 6 * 3
+    model = MixtureModel.from_pretrained(base, {"vowels": first}, "uniform")
+    texts = [f"tell me about {word}" for word in "abcdef"]
+    mine, of_base = [], []
+    for answer in answers:
+        read, tokens = model.chat_inputs(texts[int(answer["key"][1])])["input_ids"][0], answer["tokens"]
+        rows = model.log_probs([[*read, *tokens]], prompt_length=len(read))[0, len(read) - 1 : -1]
+        mine.append(float(rows[range(len(tokens)), tokens].sum()))
+        of_base.append(answer["likelihood"])
+    assert np.mean(mine) > np.mean(of_base), "what it has drawn is likelier under it than under the base"
+    one, other = (load_file(path / "adapter_model.safetensors") for path in (first, last))
+    for name in one:
+        moved, size = (other[name] - one[name]).float().norm(), one[name].float().norm()
+        assert 0 < moved < 0.5 * size + 0.1, name
+    short, long = (json.loads((path / "curve.json").read_text()) for path in (first, last))
+    assert long[: len(short)] == short
+    assert len(long) > len(short)
 
 
 def test_commands_go_on_where_they_were_cut_off(trained, base, tmp_path):
@@ -307,6 +340,9 @@ def test_better_and_worse_answers():
         ("[pcm]\nanswers = 1", "pcm.answers: expected two or more, which are compared, got 1"),
         ("[pcm]\nkind = 'separate'", "pcm.model: expected the directory"),
         ("[experts]\nrank = 1.5", "experts.rank: expected int, got 1.5"),
+        ("[experts.concise.again]\nrank = 1", "experts.concise.again: expected the adapter as it was"),
+        ("[experts.concise]\nagain = 1", "experts.concise.again: expected a table, got 1"),
+        ("[experts.concise]\nrejected = 'all'", "experts.concise.rejected: expected 'alike', 'any' or 'plain'"),
         ("[experts]\nrejected = 'all'", "experts.rejected: expected 'alike', 'any' or 'plain', got 'all'"),
         ("activations = 'int4'", "activations: expected 'float32' or 'int8', got 'int4'"),
         ("[evaluate]\npreferences = [['tall']]", "expected names of dimensions, got 'tall'"),
@@ -321,12 +357,21 @@ def test_bad_configurations(text, message, tmp_path):
 
 
 def test_gains_are_read_off_fixed_weights():
-    loud = {"a": 4.0, "b": 1.0, "c": 0.5}
-    known = {}
-    for names in (("a", "b"), ("b", "c"), ("a", "b", "c")):
-        total = sum(loud[name] for name in names)
-        known["+".join(names)] = {name: loud[name] / total for name in names}
-    found = gains(known, ["a", "b", "c", "d"])
-    assert np.allclose(found[:3] - found[1], np.log(list(loud.values())), atol=1e-6)
-    assert abs(found[3]) < 1e-6, "nothing is known of it"
+    """Of two experts in n pairs: n d / (2 n + ridge) each way, where d is the logarithm of their ratio."""
+    known = {str(i): {"a": 4.0, "b": 1.0} for i in range(3)}
+    found = gains(known, ["a", "b", "c"])
+    assert np.allclose(found, np.array([1.0, -1.0, 0.0]) * 3 * math.log(4) / (2 * 3 + RIDGE), atol=1e-6)
     assert not gains({}, ["a"]).any()
+    loud = {"a": 4.0, "b": 1.0, "c": 0.5}
+    sets = [names for size in (2, 3) for names in itertools.combinations(loud, size)] * 200
+    known = {str(i): {name: loud[name] / sum(loud[n] for n in names) for name in names} for i, names in enumerate(sets)}
+    found = gains(known, list(loud))
+    assert np.allclose(found - found[1], np.log(list(loud.values())), atol=0.01), "much evidence outweighs the ridge"
+
+
+def test_weights_that_a_preference_names():
+    louder = np.log(np.array([2.0, 1.0, 0.5], dtype=np.float32))
+    names = ("a", "b", "c")
+    assert np.allclose(targets({"b": 0.5}, names, louder), [0, 1, 0]), "one alone has it all"
+    assert np.allclose(targets({"a": 1.0, "c": 2.0}, names, louder), [2 / 3, 0, 1 / 3])
+    assert np.allclose(targets({"a": 1.0, "b": 3.0}, names, np.zeros(3, dtype=np.float32)), [0.25, 0.75, 0])

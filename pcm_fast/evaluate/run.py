@@ -25,6 +25,7 @@ from pcm_fast.evaluate.report import write_report
 from pcm_fast.evaluate.scores import lay_out, score_texts
 from pcm_fast.evaluate.shortfalls import shortfalls
 from pcm_fast.evaluate.summary import RESAMPLES, Result, estimate, plain, summarise
+from pcm_fast.evaluate.wordings import count_wordings, read_wordings
 from pcm_fast.train.config import Config
 from pcm_fast.train.prompts import Prompt, load_prompts
 from pcm_fast.train.rewards import FILE, Rewards
@@ -97,9 +98,15 @@ def evaluate(
         results[method.name] = Result(method, answers, scores)
     summary = summarise(results, [prompt.id for prompt in prompts], preferences, list(config.dimensions), config.seed)
     left_out = {} if methods else missing
+    wordings = []
+    if "pcm-free-text" in results:
+        advance = _bar(progress, "held-out wordings", count_wordings(config))
+        mixture = results["pcm-free-text"].method.mixture(())
+        wordings = read_wordings(config, mixture, prompts, num_threads, advance)
     outcome: dict[str, Any] = {
         "conditions": conditions(config, len(prompts), num_threads),
         **summary,
+        "wordings": wordings,
         "judge": None,
         "examples": examples(summary, results, prompts, preferences),
         "shortfalls": shortfalls(summary, len(prompts), left_out),

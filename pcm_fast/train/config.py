@@ -19,6 +19,7 @@ class AnswerConfig:
         prompts: how many of the training prompts; 0: all.
         plain: answers to each prompt as the base gives them.
         styled: answers to each prompt for each dimension, under one of its styles in turn.
+        own: answers to each prompt by an expert that goes on to learn from its own.
         max_new_tokens, temperature, top_p: how they are drawn.
         max_batch: sequences that run at once.
     """
@@ -26,6 +27,7 @@ class AnswerConfig:
     prompts: int = 0
     plain: int = 4
     styled: int = 1
+    own: int = 4
     max_new_tokens: int = 64
     temperature: float = 1.0
     top_p: float = 0.95
@@ -163,6 +165,8 @@ class Config:
             average; what is further off is not chosen to learn from, and loses reward.
         answers, pcm, evaluate: see there.
         experts: by dimension; what the file says under [experts], and for one of them under [experts.<dimension>].
+        again: by dimension, for experts that go on to learn from answers of their own; what the file says under
+            [experts.<dimension>.again], the rest as the first time.
     """
 
     path: Path
@@ -175,6 +179,7 @@ class Config:
     activations: str = "float32"
     fluency_margin: float = 0.5
     experts: Mapping[str, ExpertConfig] = field(default_factory=dict)
+    again: Mapping[str, ExpertConfig] = field(default_factory=dict)
     answers: AnswerConfig = field(default_factory=AnswerConfig)
     pcm: PCMConfig = field(default_factory=PCMConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -206,6 +211,7 @@ def load_config(path: str | Path | None = None) -> Config:
     evaluate = table.pop("evaluate", {})
     if isinstance(evaluate, dict) and "prompts" in evaluate:
         evaluate["prompts"] = here / str(evaluate["prompts"])
+    experts, again = _experts(path, table.pop("experts", {}), dimensions)
     config = Config(
         path=path,
         base=base,
@@ -217,7 +223,8 @@ def load_config(path: str | Path | None = None) -> Config:
         activations=activations,
         fluency_margin=margin,
         answers=section(path, "answers", AnswerConfig, table.pop("answers", {})),
-        experts=_experts(path, table.pop("experts", {}), dimensions),
+        experts=experts,
+        again=again,
         pcm=section(path, "pcm", PCMConfig, table.pop("pcm", {})),
         evaluate=section(path, "evaluate", EvaluateConfig, evaluate),
     )
@@ -235,15 +242,31 @@ def load_config(path: str | Path | None = None) -> Config:
     return config
 
 
-def _experts(path: Path, table: Any, dimensions: Mapping[str, Dimension]) -> dict[str, ExpertConfig]:
+def _experts(
+    path: Path, table: Any, dimensions: Mapping[str, Dimension]
+) -> tuple[dict[str, ExpertConfig], dict[str, ExpertConfig]]:
+    """How each expert is trained, and how those are that are trained again."""
     own = {name: table.pop(name) for name in dimensions if isinstance(table, dict) and name in table}
-    common: ExpertConfig = section(path, "experts", ExpertConfig, table)
-    experts = {}
+    common = _expert(path, "experts", ExpertConfig(), table)
+    experts, again = {}, {}
     for name in dimensions:
-        values = {**asdict(common), "modules": list(common.modules), **own.get(name, {})}
-        experts[name] = section(path, f"experts.{name}", ExpertConfig, values)
-        if experts[name].rejected not in ("alike", "any", "plain"):
-            raise ValueError(
-                f"{path}: experts.rejected: expected 'alike', 'any' or 'plain', got {experts[name].rejected!r}"
-            )
-    return experts
+        mine = own.get(name, {})
+        later = mine.pop("again", None) if isinstance(mine, dict) else None
+        experts[name] = _expert(path, f"experts.{name}", common, mine)
+        if later is not None:
+            again[name] = _expert(path, f"experts.{name}.again", experts[name], later)
+            fixed = ("rank", "alpha", "modules")
+            if any(getattr(again[name], key) != getattr(experts[name], key) for key in fixed):
+                raise ValueError(f"{path}: experts.{name}.again: expected the adapter as it was, without {fixed}")
+    return experts, again
+
+
+def _expert(path: Path, where: str, common: ExpertConfig, table: Any) -> ExpertConfig:
+    """What a table says, the rest as it is in common."""
+    if not isinstance(table, dict):
+        raise ValueError(f"{path}: {where}: expected a table, got {table!r}")
+    values = {**asdict(common), "modules": list(common.modules), **table}
+    expert: ExpertConfig = section(path, where, ExpertConfig, values)
+    if expert.rejected not in ("alike", "any", "plain"):
+        raise ValueError(f"{path}: {where}.rejected: expected 'alike', 'any' or 'plain', got {expert.rejected!r}")
+    return expert

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from pcm_fast.adapter import WEIGHTS_NAME
 from pcm_fast.checkpoint import Checkpoint
 from pcm_fast.tokenizer import Tokenizer
 from pcm_fast.train.config import ExpertConfig
@@ -32,6 +33,7 @@ def train_adapter(
     work: Path,
     output: Path,
     advance: Advance,
+    start: Path | None = None,
 ) -> list[dict[str, float]]:
     """Train an adapter on pairs of answers and write it, in bfloat16, as a PEFT directory.
 
@@ -45,6 +47,7 @@ def train_adapter(
         work: for the trainer's checkpoints; training goes on from the last of them.
         output: where the adapter goes.
         advance: called with the step and the trainer's figures.
+        start: directory of an adapter of that shape to go on from; None: a new one.
 
     Returns:
         The trainer's figures, step by step.
@@ -91,10 +94,14 @@ def train_adapter(
     )
     # The collator brings the reference's log-likelihoods, which trl would otherwise compute anew.
     trainer.precompute_ref_logps = True
+    if start is not None:
+        before = {name: value.float() for name, value in load_file(start / WEIGHTS_NAME).items()}
+        unexpected = set_peft_model_state_dict(trainer.model, before).unexpected_keys
+        assert not unexpected, unexpected
     resumed = any(work.glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=resumed or None)
     trainer.model.save_pretrained(str(output))
-    weights = output / "adapter_model.safetensors"
+    weights = output / WEIGHTS_NAME
     factors = {
         name: (value * config.scale if "lora_B" in name else value).bfloat16()
         for name, value in load_file(weights).items()

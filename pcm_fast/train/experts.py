@@ -10,10 +10,12 @@ import numpy as np
 from rich.progress import Progress
 
 from pcm_fast._version import __version__
+from pcm_fast.adapter import WEIGHTS_NAME
 from pcm_fast.loader import load_checkpoint
-from pcm_fast.train.config import Config
+from pcm_fast.train.config import Config, ExpertConfig
 from pcm_fast.train.pairs import Pair, choose_pairs
-from pcm_fast.train.pool import draw_pool, pool_size
+from pcm_fast.train.pool import Pool, draw_own, draw_pool, own_size, pool_size
+from pcm_fast.train.rewards import Rewards
 
 CURVE = "curve.json"
 
@@ -41,34 +43,61 @@ def train_experts(config: Config, directory: Path, only: Sequence[str], progress
     task = progress.add_task("answers of the base", total=pool_size(config))
     pool, rewards = draw_pool(config, work, lambda count: progress.advance(task, count))
     rewards.save(directory)
-    checkpoint = load_checkpoint(config.base)
-    assert checkpoint.tokenizer is not None  # the pool was drawn with it
+    for name in config.dimensions:
+        if (not only or name in only) and not (directory / "experts" / name / WEIGHTS_NAME).exists():
+            _train_expert(config, name, pool, rewards, directory, progress)
+
+
+def _train_expert(config: Config, name: str, pool: Pool, rewards: Rewards, directory: Path, progress: Progress) -> None:
+    """Train one expert on answers of the base and, if the configuration says so, then on its own."""
     from pcm_fast.train.dpo import train_adapter
 
-    for index, name in enumerate(config.dimensions):
-        output = directory / "experts" / name
-        if (only and name not in only) or (output / "adapter_model.safetensors").exists():
-            continue
-        expert = config.experts[name]
-        pairs = choose_pairs(pool, rewards, name, expert)
-        steps = max(1, round(len(pairs) * expert.epochs / expert.batch_size))
-        task = progress.add_task(name, total=steps)
+    checkpoint = load_checkpoint(config.base)
+    tokenizer = checkpoint.tokenizer
+    assert tokenizer is not None  # the pool was drawn with it
+    seed = config.seed + list(config.dimensions).index(name)
+    work, output = directory / "work", directory / "experts" / name
 
-        def advance(step: int, figures: dict[str, float], task: int = task) -> None:
-            progress.update(task, completed=step)  # type: ignore[arg-type]
+    def learn(source: Pool, expert: ExpertConfig, label: str, to: Path, start: Path | None = None) -> list[Pair]:
+        """Go through the pairs of a pool, unless that is done; those pairs."""
+        pairs = choose_pairs(source, rewards, name, expert)
+        if not (to / CURVE).exists():
+            task = progress.add_task(label, total=max(1, round(len(pairs) * expert.epochs / expert.batch_size)))
+            curve = train_adapter(
+                checkpoint,
+                tokenizer,
+                pairs,
+                expert,
+                seed,
+                work / "dpo" / label,
+                to,
+                lambda step, figures: progress.update(task, completed=step),
+                start,
+            )
+            before = json.loads((start / CURVE).read_text()) if start else []
+            (to / CURVE).write_text(json.dumps([*before, *curve], indent=0) + "\n")
+        return pairs
 
-        seed = config.seed + index
-        where = work / "dpo" / name
-        curve = train_adapter(checkpoint, checkpoint.tokenizer, pairs, expert, seed, where, output, advance)
-        (output / "README.md").write_text(_card(config, name, pairs))
-        (output / CURVE).write_text(json.dumps(curve, indent=0) + "\n")
+    if name in config.again:
+        first = work / "first" / name
+        pairs = [learn(pool, config.experts[name], f"{name}-first", first)]
+        task = progress.add_task(f"answers of {name}", total=own_size(config, pool))
+        file = work / f"answers-{name}.jsonl"
+        own = draw_own(config, pool, rewards, first, file, lambda count: progress.advance(task, count))
+        pairs.append(learn(own, config.again[name], name, output, first))
+    else:
+        pairs = [learn(pool, config.experts[name], name, output)]
+    (output / "README.md").write_text(_card(config, name, pairs))
 
 
-def _card(config: Config, name: str, pairs: Sequence[Pair]) -> str:
-    """The model card of an expert."""
-    expert = config.experts[name]
-    gap = np.mean([pair.gap for pair in pairs])
-    counted = f", a nat a token of likelihood under the base counted as {expert.fluency:g} of them"
+def _card(config: Config, name: str, pairs: Sequence[Sequence[Pair]]) -> str:
+    """The model card of an expert, given the pairs of each run."""
+    first = config.experts[name]
+    runs = [
+        _run(first, pairs[0], "that the base itself gave to our own prompts (CC0), plainly or under a system prompt")
+    ]
+    if name in config.again:
+        runs.append(_run(config.again[name], pairs[1], "of its own to the same prompts"))
     return f"""---
 base_model: {Path(config.base).name}
 license: apache-2.0
@@ -77,15 +106,25 @@ library_name: peft
 
 # {name}
 
-A LoRA adapter (rank {expert.rank}, on {", ".join(expert.modules)}) that moves the base's answers towards *{name}*.
-Trained by pcm-fast {__version__} with `pcm-fast train-experts`: direct preference optimisation on {len(pairs)} pairs of
-answers that the base itself gave to our own prompts (CC0), plainly or under a system prompt (beta {expert.beta:g},
-passes {expert.epochs:g}, learning rate {expert.learning_rate:g}, {expert.sft_weight:g} on the likelihood of the
-chosen answers; the update times {expert.scale:g}).
-In each pair the chosen answer scores higher on {name}: by {gap:.1f} standard deviations of the base's answers, on
-average{counted if expert.fluency else ""}.
+A LoRA adapter (rank {first.rank}, on {", ".join(first.modules)}) that moves the base's answers towards *{name}*.
+Trained by pcm-fast {__version__} with `pcm-fast train-experts`: direct preference optimisation on
+{"; then on ".join(runs)}.
+In each pair the chosen answer scores higher on {name}, by so many standard deviations of the base's answers on average.
 
 The reward is a proxy, a formula or a small classifier (`pcm_fast/train/scorers.py`), not a person's judgement. The base
 is a small model: what it says may be wrong. How far the reward moved on held-out prompts, and what that cost in fluency
 and in the other dimensions, is in the evaluation report.
 """
+
+
+def _run(expert: ExpertConfig, pairs: Sequence[Pair], whose: str) -> str:
+    """One run of preference optimisation, in words."""
+    gap = np.mean([pair.gap for pair in pairs])
+    counted = (
+        f", a nat a token of likelihood under the base counted as {expert.fluency:g} of them" if expert.fluency else ""
+    )
+    return (
+        f"{len(pairs)} pairs of answers {whose} (chosen over rejected by {gap:.1f}{counted}; beta {expert.beta:g}, "
+        f"passes {expert.epochs:g}, learning rate {expert.learning_rate:g}, {expert.sft_weight:g} on the likelihood of "
+        f"the chosen answers; the update times {expert.scale:g})"
+    )

@@ -24,6 +24,7 @@ from pcm_fast.train.rewards import Rewards
 from pcm_fast.train.rollouts import Wish, draw_rollouts
 
 FILE = "fixed_weights.json"
+RIDGE = 2.0  # as much as that many pairs that say that two experts shall weigh alike
 
 
 def find_fixed_weights(
@@ -52,9 +53,10 @@ def find_fixed_weights(
 
 
 def gains(known: Mapping[str, Mapping[str, float]], experts: Sequence[str]) -> npt.NDArray[np.float32]:
-    """How much more each expert should weigh than its share, as logarithms [K]: what a PCM may start from.
+    """How much more each expert should weigh than its share, as logarithms [K]: what a PCM starts from.
 
-    They fit log(w_i / w_j) = gain_i - gain_j over all pairs of all fixed weights, by least squares.
+    They fit log(w_i / w_j) = gain_i - gain_j over all pairs of all fixed weights, by least squares. A ridge pulls them
+    towards 0, since each of the weights is the winner on a few dozen prompts.
     """
     rows, ratios = [], []
     for weights in known.values():
@@ -65,7 +67,8 @@ def gains(known: Mapping[str, Mapping[str, float]], experts: Sequence[str]) -> n
             ratios.append(math.log(weights[first] / weights[second]))
     if not rows:
         return np.zeros(len(experts), dtype=np.float32)
-    fitted = np.linalg.lstsq(np.stack(rows), np.array(ratios), rcond=None)[0]
+    pairs = np.stack(rows)
+    fitted = np.linalg.solve(pairs.T @ pairs + RIDGE * np.eye(len(experts)), pairs.T @ np.array(ratios))
     return np.asarray(fitted, dtype=np.float32)
 
 

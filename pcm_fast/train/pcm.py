@@ -13,6 +13,7 @@ import torch
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
+from pcm_fast.adapter import WEIGHTS_NAME
 from pcm_fast.loader import load_checkpoint
 from pcm_fast.model import MixtureModel
 from pcm_fast.pcm_file import save_pcm
@@ -34,8 +35,8 @@ def train_pcm(config: Config, directory: Path, name: str, progress: Progress) ->
     """Train a PCM for the experts in a directory, and write it there under a name; a run that was cut off goes on.
 
     First look for the best weights without a PCM (``fixed_weights.json``). The evaluation holds the PCM against them,
-    and it starts from them: after it has learned what preferences name, experts that have to be louder than their share
-    get that as a bias. REBEL goes on from there.
+    and it starts from them: while it learns what preferences name, experts that have to be louder than their share are
+    asked for as such. REBEL goes on from there.
 
     Args:
         config: the configuration.
@@ -48,7 +49,7 @@ def train_pcm(config: Config, directory: Path, name: str, progress: Progress) ->
     """
     experts = {dimension: directory / "experts" / dimension for dimension in config.dimensions}
     for dimension, path in experts.items():
-        if not (path / "adapter_model.safetensors").exists():
+        if not (path / WEIGHTS_NAME).exists():
             raise ValueError(f"{path}: expected the expert for {dimension!r}; run train-experts with the same --out")
     task = progress.add_task("answers of the base", total=pool_size(config))
     pool, rewards = draw_pool(config, directory / "work", lambda count: progress.advance(task, count))
@@ -60,6 +61,7 @@ def train_pcm(config: Config, directory: Path, name: str, progress: Progress) ->
     )
     task = progress.add_task("best fixed weights", total=len(config.evaluate.preferences))
     known = find_fixed_weights(config, experts, pool, rewards, directory, lambda count: progress.advance(task, count))
+    louder = gains(known, policy.experts)
     if training.iteration < 0:
         task = progress.add_task("what preferences name", total=config.pcm.warm_start)
         losses: list[float] = []
@@ -68,14 +70,12 @@ def train_pcm(config: Config, directory: Path, name: str, progress: Progress) ->
             losses.append(loss)
             progress.advance(task)
 
-        warm_start(policy, start, pool, config, noted)
-        with torch.no_grad():
-            policy.head.bias.add_(torch.from_numpy(gains(known, policy.experts)))
+        warm_start(policy, start, pool, config, louder, noted)
         training.save(0, {"naming_loss": losses})
     alone = [(), *composites(config, (1,))]
 
     def named(chance: random.Random) -> torch.Tensor:
-        return config.pcm.naming * drawn_naming_loss(policy, start, pool, config, alone, chance)
+        return config.pcm.naming * drawn_naming_loss(policy, start, pool, config, louder, alone, chance)
 
     anchor = named if config.pcm.naming else None
     task = progress.add_task("REBEL", total=config.pcm.iterations, completed=training.iteration)
@@ -202,8 +202,8 @@ license: apache-2.0
 It reads a preference in words and the text so far, and gives a weight to each of the experts
 {", ".join(config.dimensions)}. Kind: {pcm.kind}.
 
-Trained by `pcm-fast train-pcm`: first to weigh the experts that a wording names ({pcm.warm_start} steps), then, with
-gains that fit the best fixed weights as a bias, by REBEL ({pcm.iterations} rounds of {pcm.prompts} prompts with
-{pcm.answers} answers each, eta {pcm.eta:g}{anchored}). Rewards are proxies (`pcm_fast/train/scorers.py`).
+Trained by `pcm-fast train-pcm`: first to weigh the experts that a wording names, with gains that fit the best fixed
+weights ({pcm.warm_start} steps), then by REBEL ({pcm.iterations} rounds of {pcm.prompts} prompts with {pcm.answers}
+answers each, eta {pcm.eta:g}{anchored}). Rewards are proxies (`pcm_fast/train/scorers.py`).
 `curve.json` has the mean reward of every round.
 """

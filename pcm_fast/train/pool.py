@@ -81,10 +81,48 @@ def draw_pool(config: Config, directory: Path, advance: Advance) -> tuple[Pool, 
     return Pool(prompts, ids, styles, answers, fluency, scores, relevance, shortened), rewards
 
 
+def draw_own(
+    config: Config, base: Pool, rewards: Rewards, adapter: Path, path: Path, advance: Advance = lambda count: None
+) -> Pool:
+    """Draw answers of an expert itself, going on from what the file holds.
+
+    Args:
+        config: the configuration.
+        base: the answers of the base, to whose prompts the expert answers too.
+        rewards: their scales.
+        adapter: directory of the expert.
+        path: the file.
+        advance: called with the number of answers that were drawn.
+    """
+    model = MixtureModel.from_pretrained(
+        config.base, {"base": None, "writer": adapter}, {"base": 1e-7, "writer": 1.0}, activations=config.activations
+    )
+    ids = [prompt_id for prompt_id in dict.fromkeys(base.prompt_ids) for _ in range(config.answers.own)]
+    wanted = []
+    for i, prompt_id in enumerate(ids):
+        read = model.chat_inputs(base.prompts[prompt_id].text)["input_ids"]
+        request = {"input_ids": read, **_how(config), "seed": (config.seed + 1) * 1_000_003 - 1 - i}
+        wanted.append(Question(f"{prompt_id}//{i % config.answers.own}", request))
+    found = draw_answers(model, wanted, path, config.answers.max_batch, advance)
+    answers = [found[question.key] for question in wanted]
+    fluency = np.array([answer.fluency for answer in answers])
+    texts, written = [base.prompts[i].text for i in ids], [answer.text for answer in answers]
+    plain = [i for i, style in enumerate(base.styles) if not style]
+    before = helpful([base.prompts[base.prompt_ids[i]].text for i in plain], [base.answers[i].text for i in plain])
+    relevance = (helpful(texts, written) - before.mean()) / before.std()
+    scores = rewards.score(texts, written, fluency)
+    return Pool(base.prompts, ids, [""] * len(ids), answers, fluency, scores, relevance, frozenset())
+
+
 def pool_size(config: Config) -> int:
     """How many answers ``draw_pool`` draws."""
     styled = sum(config.answers.styled for dimension in config.dimensions.values() if dimension.styles)
     return len(load_prompts(config.prompts, config.answers.prompts)) * (config.answers.plain + styled)
+
+
+def own_size(config: Config, base: Pool) -> int:
+    """How many answers ``draw_own`` draws."""
+    return config.answers.own * len(set(base.prompt_ids))
 
 
 def questions(config: Config, model: MixtureModel) -> list[Question]:
@@ -103,10 +141,11 @@ def questions(config: Config, model: MixtureModel) -> list[Question]:
                 if dimension.ending:
                     request["logit_bias"] = {model.tokenizer.eos_token_id: dimension.ending}
                 drawn.append((f"{prompt.id}/{dimension.name}/{i}", request))
-    common = {
-        "max_new_tokens": config.answers.max_new_tokens,
-        "temperature": config.answers.temperature,
-        "top_p": config.answers.top_p,
-    }
     start = config.seed * 1_000_003
-    return [Question(key, {**request, **common, "seed": start + i}) for i, (key, request) in enumerate(drawn)]
+    return [Question(key, {**request, **_how(config), "seed": start + i}) for i, (key, request) in enumerate(drawn)]
+
+
+def _how(config: Config) -> dict[str, Any]:
+    """How answers are drawn, as keywords of ``add_request``."""
+    drawn = config.answers
+    return {"max_new_tokens": drawn.max_new_tokens, "temperature": drawn.temperature, "top_p": drawn.top_p}
