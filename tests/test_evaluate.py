@@ -260,10 +260,14 @@ def test_nothing_falls_short_of_a_perfect_run():
         "methods": [method("pcm", "pcm", 0.7), method("soup", "baseline", 0.3)],
         "win_rates": {"methods": ["pcm", "soup"], **rates},
     }
-    assert shortfalls(summary, 100, {}) == []
+    heard = [{"dimension": "a", "wordings": 12, "leads": 0.5}]
+    assert shortfalls(summary, heard, 100, {}) == []
     rates["low"][0][1] = 0.49
     expert["fluency_change"]["value"] = -0.6
-    assert len(shortfalls(summary, 99, {"fixed": "none was learned"})) == 4
+    heard[0]["leads"] = 0.4
+    found = shortfalls(summary, heard, 99, {"fixed": "none was learned"})
+    assert len(found) == 5
+    assert any("40 % of 12 wordings" in sentence for sentence in found)
 
 
 # Going on

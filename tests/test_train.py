@@ -129,7 +129,7 @@ def test_experts_and_pcm_answer(trained, base):
     assert len(np.unique(weights)) > 2, "the head has not learned anything"
     for name in experts:
         assert "proxy" in (out / "experts" / name / "README.md").read_text()
-    assert "then on" not in (out / "experts" / "concise" / "README.md").read_text()
+    assert "the adapter itself gave" not in (out / "experts" / "concise" / "README.md").read_text()
     curve = json.loads((out / "pcm" / "curve.json").read_text())
     assert [round_["iteration"] for round_ in curve] == [0, 1, 2]
 
@@ -138,7 +138,7 @@ def test_an_expert_learns_again_from_its_own_answers(trained, base):
     """Its answers were drawn from the first adapter, and training went on from that."""
     out = trained / "out"
     last, first = out / "experts" / "vowels", out / "work" / "first" / "vowels"
-    assert "then on 4 pairs of answers of its own" in (last / "README.md").read_text()
+    assert "4 pairs of answers that the adapter itself gave" in (last / "README.md").read_text()
     answers = [json.loads(line) for line in (out / "work" / "answers-vowels.jsonl").read_text().splitlines()]
     assert len(answers) == 6 * 3
     model = MixtureModel.from_pretrained(base, {"vowels": first}, "uniform")

@@ -109,7 +109,7 @@ def evaluate(
         "wordings": wordings,
         "judge": None,
         "examples": examples(summary, results, prompts, preferences),
-        "shortfalls": shortfalls(summary, len(prompts), left_out),
+        "shortfalls": shortfalls(summary, wordings, len(prompts), left_out),
     }
     if judge is not None:
         outcome["judge"] = judged(judge, judge_limit, results, prompts, preferences, config.seed, out, progress)

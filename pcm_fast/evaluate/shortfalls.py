@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 EFFECT = 0.8  # Cohen's d by which an expert should move its own reward
 FLUENCY = -0.5  # nats a token by which it may become less fluent
 PROMPTS, PREFERENCES = 100, 8  # for a comparison worth the name
+LEADS = 0.5  # share of a dimension's held-out wordings at which its expert should have the greatest weight
 CLEAR_OF = ("soup", "prompting", "uniform")  # baselines that the PCM should beat beyond chance
 
 
-def shortfalls(summary: Mapping[str, Any], num_prompts: int, missing: Mapping[str, str]) -> list[str]:
+def shortfalls(
+    summary: Mapping[str, Any], wordings: Sequence[Mapping[str, Any]], num_prompts: int, missing: Mapping[str, str]
+) -> list[str]:
     """Sentences, empty if nothing falls short.
 
     Args:
         summary: what ``summarise`` gives.
+        wordings: what ``read_wordings`` gives, or nothing.
         num_prompts: how many prompts it is about.
         missing: why methods are missing, by name.
     """
@@ -36,6 +40,12 @@ def shortfalls(summary: Mapping[str, Any], num_prompts: int, missing: Mapping[st
         if change is None or change < FLUENCY:
             found.append(f"The {name} expert is less fluent than the base by {number(change, sign=-1)} nats a token.")
     found += _pcm(summary)
+    for row in wordings:
+        if row["leads"] < LEADS:
+            found.append(
+                f"Where {row['dimension']} is asked for in words that the PCM was not trained on, that expert has the "
+                f"greatest weight for {100 * row['leads']:.0f} % of {row['wordings']} wordings."
+            )
     found += [f"Left out: {name}, since {reason}." for name, reason in missing.items()]
     return found
 

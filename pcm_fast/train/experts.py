@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,10 +56,12 @@ def _train_expert(config: Config, name: str, pool: Pool, rewards: Rewards, direc
     checkpoint = load_checkpoint(config.base)
     tokenizer = checkpoint.tokenizer
     assert tokenizer is not None  # the pool was drawn with it
-    seed = config.seed + list(config.dimensions).index(name)
+    first_seed = config.seed + list(config.dimensions).index(name)
     work, output = directory / "work", directory / "experts" / name
 
-    def learn(source: Pool, expert: ExpertConfig, label: str, to: Path, start: Path | None = None) -> list[Pair]:
+    def learn(
+        source: Pool, expert: ExpertConfig, label: str, seed: int, to: Path, start: Path | None = None
+    ) -> list[Pair]:
         """Go through the pairs of a pool, unless that is done; those pairs."""
         pairs = choose_pairs(source, rewards, name, expert)
         if not (to / CURVE).exists():
@@ -80,24 +83,22 @@ def _train_expert(config: Config, name: str, pool: Pool, rewards: Rewards, direc
 
     if name in config.again:
         first = work / "first" / name
-        pairs = [learn(pool, config.experts[name], f"{name}-first", first)]
+        pairs = [learn(pool, config.experts[name], f"{name}-first", first_seed, first)]
         task = progress.add_task(f"answers of {name}", total=own_size(config, pool))
         file = work / f"answers-{name}.jsonl"
         own = draw_own(config, pool, rewards, first, file, lambda count: progress.advance(task, count))
-        pairs.append(learn(own, config.again[name], name, output, first))
+        pairs.append(learn(own, config.again[name], name, first_seed + 10, output, first))
     else:
-        pairs = [learn(pool, config.experts[name], name, output)]
+        pairs = [learn(pool, config.experts[name], name, first_seed, output)]
     (output / "README.md").write_text(_card(config, name, pairs))
 
 
 def _card(config: Config, name: str, pairs: Sequence[Sequence[Pair]]) -> str:
     """The model card of an expert, given the pairs of each run."""
     first = config.experts[name]
-    runs = [
-        _run(first, pairs[0], "that the base itself gave to our own prompts (CC0), plainly or under a system prompt")
-    ]
+    runs = [_run(first, pairs[0], "that the base itself gave, plainly or under a system prompt")]
     if name in config.again:
-        runs.append(_run(config.again[name], pairs[1], "of its own to the same prompts"))
+        runs.append(_run(config.again[name], pairs[1], "that the adapter itself gave, trained so far"))
     return f"""---
 base_model: {Path(config.base).name}
 license: apache-2.0
@@ -107,9 +108,11 @@ library_name: peft
 # {name}
 
 A LoRA adapter (rank {first.rank}, on {", ".join(first.modules)}) that moves the base's answers towards *{name}*.
-Trained by pcm-fast {__version__} with `pcm-fast train-experts`: direct preference optimisation on
-{"; then on ".join(runs)}.
-In each pair the chosen answer scores higher on {name}, by so many standard deviations of the base's answers on average.
+Trained by pcm-fast {__version__} with `pcm-fast train-experts`: direct preference optimisation on pairs of answers to
+our own prompts (CC0). The chosen one of each pair scores higher on {name}, by so many standard deviations of the base's
+answers on average:
+
+{chr(10).join(runs)}
 
 The reward is a proxy, a formula or a small classifier (`pcm_fast/train/scorers.py`), not a person's judgement. The base
 is a small model: what it says may be wrong. How far the reward moved on held-out prompts, and what that cost in fluency
@@ -120,11 +123,10 @@ and in the other dimensions, is in the evaluation report.
 def _run(expert: ExpertConfig, pairs: Sequence[Pair], whose: str) -> str:
     """One run of preference optimisation, in words."""
     gap = np.mean([pair.gap for pair in pairs])
-    counted = (
-        f", a nat a token of likelihood under the base counted as {expert.fluency:g} of them" if expert.fluency else ""
+    counted = f", a nat a token of likelihood under the base counted as {expert.fluency:g}" if expert.fluency else ""
+    text = (
+        f"- {len(pairs)} pairs of answers {whose}, apart by {gap:.1f}{counted}: beta {expert.beta:g}, passes "
+        f"{expert.epochs:g}, learning rate {expert.learning_rate:g}, {expert.sft_weight:g} on the likelihood of the "
+        f"chosen answers; the adapter times {expert.scale:g}."
     )
-    return (
-        f"{len(pairs)} pairs of answers {whose} (chosen over rejected by {gap:.1f}{counted}; beta {expert.beta:g}, "
-        f"passes {expert.epochs:g}, learning rate {expert.learning_rate:g}, {expert.sft_weight:g} on the likelihood of "
-        f"the chosen answers; the update times {expert.scale:g})"
-    )
+    return textwrap.fill(text, 120, subsequent_indent="  ")

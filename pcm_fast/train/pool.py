@@ -19,6 +19,7 @@ from pcm_fast.train.scorers import helpful
 
 Floats = npt.NDArray[np.float64]
 Advance = Callable[[int], None]
+OWN = 5_000_000  # from here on the seeds of experts' own answers; the base's are lower
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def draw_own(
     wanted = []
     for i, prompt_id in enumerate(ids):
         read = model.chat_inputs(base.prompts[prompt_id].text)["input_ids"]
-        request = {"input_ids": read, **_how(config), "seed": (config.seed + 1) * 1_000_003 - 1 - i}
+        request = {"input_ids": read, **_how(config), "seed": config.seed * 1_000_003 + OWN + i}
         wanted.append(Question(f"{prompt_id}//{i % config.answers.own}", request))
     found = draw_answers(model, wanted, path, config.answers.max_batch, advance)
     answers = [found[question.key] for question in wanted]
