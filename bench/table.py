@@ -81,6 +81,22 @@ def evaluation(path: Path) -> str:
     return f"{table(rows, path)}\n\n{conditions(result['conditions'])}"
 
 
+def wordings(path: Path) -> str:
+    """What the PCM makes of wordings that it was not trained on, from the same file."""
+    rows = [
+        {
+            "asked for": row["dimension"],
+            "wordings": row["wordings"],
+            "that expert leads, %": round(100 * row["leads"]),
+            "has more weight than without a preference, %": round(100 * row["raised"]),
+            "its mean weight": row["weight"],
+            "without a preference": row["without"],
+        }
+        for row in json.loads(path.read_text(encoding="utf-8"))["wordings"]
+    ]
+    return table(rows, path)
+
+
 def updated(readme: str, section: str, text: str) -> str:
     """The README with the text between the markers of a section."""
     begin, end = f"<!-- {section}:begin -->", f"<!-- {section}:end -->"
@@ -101,6 +117,7 @@ def main() -> None:
     old = arguments.readme.read_text(encoding="utf-8")
     new = updated(old, "bench", tables(arguments.results))
     new = updated(new, "evaluation", evaluation(arguments.evaluation))
+    new = updated(new, "wordings", wordings(arguments.evaluation))
     if arguments.check and new != old:
         sys.exit(
             f"{arguments.readme.name}: its tables are not those of the results; run {Path(__file__).name} on its own"

@@ -197,22 +197,25 @@ def test_what_single_wordings_weigh(setup, config, evaluated):
     prompts = [prompt.text for prompt in load_prompts(config.evaluate.prompts)]
     assert [row["dimension"] for row in evaluated["wordings"]] == list(DIMENSION_NAMES)
     for column, row in enumerate(evaluated["wordings"]):
-        found = []
+        found, plain = [], []
         for i, wording in enumerate(config.dimensions[row["dimension"]].held_out):
-            output = model.generate(
-                **model.chat_inputs(prompts[i], preference=wording),
-                preference=wording,
-                max_new_tokens=TOKENS,
-                temperature=config.evaluate.temperature,
-                top_p=config.evaluate.top_p,
-                seed=config.seed + i,
-                return_dict_in_generate=True,
-            )
-            found.append(output.mixture_weights[0, : int(output.lengths[0])].mean(axis=0))
+            for preference, means in ((wording, found), (None, plain)):
+                output = model.generate(
+                    **model.chat_inputs(prompts[i], preference=preference),
+                    preference=preference,
+                    max_new_tokens=TOKENS,
+                    temperature=config.evaluate.temperature,
+                    top_p=config.evaluate.top_p,
+                    seed=config.seed + i,
+                    return_dict_in_generate=True,
+                )
+                means.append(output.mixture_weights[0, : int(output.lengths[0])].mean(axis=0))
         leaders = np.argmax(found, axis=1)
         assert row["wordings"] == len(found)
         assert row["leads"] == pytest.approx(np.mean(leaders == column))
         assert row["weight"] == pytest.approx(np.mean(found, axis=0)[column], abs=1e-5)
+        assert row["without"] == pytest.approx(np.mean(plain, axis=0)[column], abs=1e-5)
+        assert row["raised"] == np.mean([own[column] > other[column] for own, other in zip(found, plain, strict=True)])
         assert [leader for _, leader in row["missed"]] == [DIMENSION_NAMES[k] for k in leaders if k != column]
     assert "misunderstood" in (setup / "out/report.md").read_text()
 

@@ -55,12 +55,13 @@ def test_what_is_shipped(config):
         trained_experts("gloomy")
 
 
-def test_wordings_it_never_read_in_training_raise_the_weight_of_what_they_mean(model, config, prompts):
+def test_wordings_it_never_read_in_training_raise_the_weight_of_what_they_mean(model, config):
     for dimension in config.dimensions.values():
         assert not set(dimension.held_out) & set(dimension.train)
     rows = read_wordings(config, model.spec, load_prompts(config.evaluate.prompts))
     for row in rows:
-        assert row["weight"] > 1.4 * row["without"], row
+        assert row["weight"] > 1.5 * row["without"], row
+    assert np.mean([row["raised"] for row in rows]) > 0.75, rows
     assert np.mean([row["leads"] for row in rows]) > 0.5, rows
 
 

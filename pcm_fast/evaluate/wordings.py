@@ -35,16 +35,18 @@ def read_wordings(
         advance: called with 1 for every answer.
 
     Returns:
-        By dimension its name, the number of ``wordings``, the share that ``leads``, the mean ``weight`` and that
-        ``without`` a preference, and ``missed``: pairs of a wording and the expert that leads instead.
+        By dimension its name, the number of ``wordings``; the shares of them at which its expert ``leads``, and at
+        which its weight is ``raised`` over that without a preference; the mean ``weight`` and that ``without`` a
+        preference; and ``missed``: pairs of a wording and the expert that leads instead.
     """
     model = MixtureModel(spec, activations=config.activations, num_threads=num_threads)
     drawn = {"max_new_tokens": TOKENS, "temperature": config.evaluate.temperature, "top_p": config.evaluate.top_p}
-    asked: list[tuple[int, str | None]] = []
-    for dimension in config.dimensions.values():
-        for i, wording in enumerate(dimension.held_out):
-            asked += [(i % len(prompts), wording), (i % len(prompts), None)]
-    asked = list(dict.fromkeys(asked))
+    places = {
+        name: [(i % len(prompts), wording) for i, wording in enumerate(dimension.held_out)]
+        for name, dimension in config.dimensions.items()
+    }
+    wordings = [place for mine in places.values() for place in mine]
+    asked = dict.fromkeys([*wordings, *((n, None) for n, _ in wordings)])
     requests = (
         (
             (n, preference),
@@ -63,22 +65,22 @@ def read_wordings(
         weights[key] = output.mixture_weights[0, : int(output.lengths[0])].mean(axis=0)
         advance(1)
     rows = []
-    for name, dimension in config.dimensions.items():
+    for name, mine in places.items():
         column = model.expert_names.index(name)
-        places = [(i % len(prompts), wording) for i, wording in enumerate(dimension.held_out)]
-        heard = np.stack([weights[place] for place in places])
-        plain = np.stack([weights[n, None] for n, _ in places])
+        heard = np.stack([weights[place] for place in mine])
+        plain = np.stack([weights[n, None] for n, _ in mine])
         leaders = heard.argmax(axis=1)
         rows.append(
             {
                 "dimension": name,
-                "wordings": len(places),
+                "wordings": len(mine),
                 "leads": float((leaders == column).mean()),
+                "raised": float((heard[:, column] > plain[:, column]).mean()),
                 "weight": float(heard[:, column].mean()),
                 "without": float(plain[:, column].mean()),
                 "missed": [
                     [wording, model.expert_names[leader]]
-                    for (_, wording), leader in zip(places, leaders, strict=True)
+                    for (_, wording), leader in zip(mine, leaders, strict=True)
                     if leader != column
                 ],
             }

@@ -60,11 +60,7 @@ def draw_pool(config: Config, directory: Path, advance: Advance) -> tuple[Pool, 
         directory: for answers.jsonl.
         advance: called with the number of answers that were drawn.
     """
-    # The base goes along where another writes, with a weight that changes nothing: so its likelihoods are known.
-    writers: dict[str, None] = {"base": None, "writer": None}
-    model = MixtureModel.from_pretrained(
-        config.base, writers, {"base": 1e-7, "writer": 1.0}, activations=config.activations
-    )
+    model = _beside_base(config, None)
     wanted = questions(config, model)
     found = draw_answers(model, wanted, directory / "answers.jsonl", config.answers.max_batch, advance)
     keys = [question.key for question in wanted]
@@ -82,9 +78,7 @@ def draw_pool(config: Config, directory: Path, advance: Advance) -> tuple[Pool, 
     return Pool(prompts, ids, styles, answers, fluency, scores, relevance, shortened), rewards
 
 
-def draw_own(
-    config: Config, base: Pool, rewards: Rewards, adapter: Path, path: Path, advance: Advance = lambda count: None
-) -> Pool:
+def draw_own(config: Config, base: Pool, rewards: Rewards, adapter: Path, path: Path, advance: Advance) -> Pool:
     """Draw answers of an expert itself, going on from what the file holds.
 
     Args:
@@ -95,9 +89,7 @@ def draw_own(
         path: the file.
         advance: called with the number of answers that were drawn.
     """
-    model = MixtureModel.from_pretrained(
-        config.base, {"base": None, "writer": adapter}, {"base": 1e-7, "writer": 1.0}, activations=config.activations
-    )
+    model = _beside_base(config, adapter)
     ids = [prompt_id for prompt_id in dict.fromkeys(base.prompt_ids) for _ in range(config.answers.own)]
     wanted = []
     for i, prompt_id in enumerate(ids):
@@ -144,6 +136,14 @@ def questions(config: Config, model: MixtureModel) -> list[Question]:
                 drawn.append((f"{prompt.id}/{dimension.name}/{i}", request))
     start = config.seed * 1_000_003
     return [Question(key, {**request, **_how(config), "seed": start + i}) for i, (key, request) in enumerate(drawn)]
+
+
+def _beside_base(config: Config, writer: Path | None) -> MixtureModel:
+    """A writer (an adapter, or the base) and the base, whose weight changes nothing: so its likelihoods are known."""
+    writers = {"base": None, "writer": writer}
+    return MixtureModel.from_pretrained(
+        config.base, writers, {"base": 1e-7, "writer": 1.0}, activations=config.activations
+    )
 
 
 def _how(config: Config) -> dict[str, Any]:
